@@ -1,4 +1,4 @@
-"""What the heart refuses: documents that cannot be used. It does not know how a refusal is shown."""
+"""What the heart refuses: documents that cannot be used. Knows not how a refusal is shown."""
 
 from collections.abc import Iterable
 

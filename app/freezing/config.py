@@ -1,0 +1,675 @@
+"""The freeze config: ordered rules over names, as an immutable value and as JSON. No torch."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from app.freezing.errors import InvalidDocument
+from app.freezing.globs import compile_match
+from app.freezing.graph import ModelGraph
+
+FORMAT = "frostline.freeze-config"
+VERSION = 1
+MECHANISMS = ("requires_grad", "exclude", "zero_lr", "zero_grad")
+NORM_POLICIES = ("freeze", "update")
+DROPOUT_POLICIES = ("keep", "off")
+MAX_RULES = 1_000
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """Freeze or unfreeze what `match` (glob, ``re:``, ``has:``) and `type` (a class) both cover."""
+
+    action: str
+    match: str | None = None
+    type: str | None = None
+
+    @property
+    def freezes(self) -> bool:
+        return self.action == "freeze"
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """Learning-rate factor and weight decay of the parameters that it covers."""
+
+    match: str | None = None
+    type: str | None = None
+    lr_scale: float = 1.0
+    weight_decay: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """A rule that is appended after so many whole epochs or so many optimizer steps."""
+
+    rule: Rule
+    unit: str
+    count: int
+    optimizer_state: str = "fresh"
+
+
+@dataclass(frozen=True, slots=True)
+class FreezeConfig:
+    """What is frozen when: the value behind the JSON document that people download.
+
+    Attributes:
+        rules: in order; the last one that matches a parameter decides.
+        frozen: the names that the document claims its rules freeze; None where it claims nothing.
+        trainable: likewise, every other parameter.
+        model: ``{"uri", "fingerprint"}`` of the model that it was written for.
+    """
+
+    rules: tuple[Rule, ...] = ()
+    name: str = ""
+    mechanism: str = "requires_grad"
+    norm_statistics: str = "freeze"
+    dropout: str = "keep"
+    groups: tuple[Group, ...] = ()
+    schedule: tuple[Change, ...] = ()
+    model: Mapping[str, Any] | None = None
+    frozen: tuple[str, ...] | None = None
+    trainable: tuple[str, ...] | None = None
+
+
+# ---------------------------------------------------------------------------------------- reading
+
+
+def parse_config(document: Any) -> FreezeConfig:
+    """Read a freeze config; ``{}`` is one without rules.
+
+    Raises:
+        InvalidDocument: with every fault that was found, each under its field.
+    """
+    reader = _Reader(document)
+    reader.check_keys(
+        "", document,
+        "format", "version", "name", "model", "rules", "mechanism", "norm_statistics", "dropout",
+        "groups", "schedule", "frozen", "trainable",
+    )  # fmt: skip
+    if document.get("format", FORMAT) != FORMAT:
+        reader.fault("format", f"The format is {document['format']!r}; it must be {FORMAT!r}.")
+    if document.get("version", VERSION) != VERSION or document.get("version") is True:
+        reader.fault(
+            "version", f"Version {document['version']!r} is not known; this reads {VERSION}."
+        )
+    config = FreezeConfig(
+        rules=tuple(reader.rules()),
+        name=reader.text("name", limit=200),
+        mechanism=reader.choice("mechanism", MECHANISMS),
+        norm_statistics=reader.choice("norm_statistics", NORM_POLICIES),
+        dropout=reader.choice("dropout", DROPOUT_POLICIES),
+        groups=tuple(reader.groups()),
+        schedule=tuple(reader.changes()),
+        model=reader.model(),
+        frozen=reader.names("frozen"),
+        trainable=reader.names("trainable"),
+    )
+    if config.schedule and config.mechanism != "requires_grad":
+        reader.fault(
+            "schedule",
+            f"A schedule needs the mechanism 'requires_grad'; this has {config.mechanism!r}.",
+        )
+    if reader.errors:
+        raise InvalidDocument(reader.errors)
+    return config
+
+
+def parse_rules(items: Any) -> tuple[Rule, ...]:
+    """Read rules alone, as a live edit sends them. Raises InvalidDocument."""
+    return parse_config({"rules": items}).rules
+
+
+class _Reader:
+    """Collects faults while a document is read, so that all of them are told at once."""
+
+    def __init__(self, document: Any) -> None:
+        if not isinstance(document, Mapping):
+            raise InvalidDocument(
+                [("", f"A freeze config is a JSON object; this is {_kind(document)}.")]
+            )
+        self.document = document
+        self.errors: list[tuple[str, str]] = []
+
+    def fault(self, field: str, message: str) -> None:
+        self.errors.append((field, message))
+
+    def check_keys(self, field: str, item: Mapping[str, Any], *known: str) -> None:
+        for key in item:
+            if key not in known:
+                near = difflib.get_close_matches(str(key), known, n=1, cutoff=0)[0]
+                where = f"{field}.{key}" if field else str(key)
+                self.fault(where, f"{key!r} is not a key here; the nearest is {near!r}.")
+
+    def text(self, key: str, limit: int) -> str:
+        value = self.document.get(key, "")
+        if value is None:
+            return ""
+        if not isinstance(value, str) or len(value) > limit:
+            self.fault(key, f"{key!r} must be a text of at most {limit} characters.")
+            return ""
+        return value
+
+    def choice(self, key: str, choices: Sequence[str]) -> str:
+        value = self.document.get(key, choices[0])
+        if value not in choices or not isinstance(value, str):
+            self.fault(key, f"{key!r} is {value!r}; it may be {_either(choices)}.")
+            return choices[0]
+        return value
+
+    def items(self, key: str) -> Iterable[tuple[str, Mapping[str, Any]]]:
+        value = self.document.get(key, [])
+        if not isinstance(value, list | tuple):
+            self.fault(key, f"{key!r} must be a list; this is {_kind(value)}.")
+            return
+        if len(value) > MAX_RULES:
+            self.fault(key, f"{key!r} has {len(value):,} entries; at most {MAX_RULES:,} are read.")
+            return
+        for index, item in enumerate(value):
+            field = f"{key}.{index}"
+            if isinstance(item, Mapping):
+                yield field, item
+            else:
+                self.fault(field, f"Each entry of {key!r} is an object; this is {_kind(item)}.")
+
+    def rules(self) -> Iterable[Rule]:
+        for field, item in self.items("rules"):
+            self.check_keys(field, item, "action", "match", "type")
+            yield self.rule(field, item)
+
+    def rule(self, field: str, item: Mapping[str, Any]) -> Rule:
+        action = item.get("action")
+        if action not in ("freeze", "unfreeze") or not isinstance(action, str):
+            self.fault(
+                f"{field}.action", f"The action is {action!r}; it may be 'freeze' or 'unfreeze'."
+            )
+            action = "freeze"
+        return Rule(action, *self.cover(field, item))
+
+    def cover(self, field: str, item: Mapping[str, Any]) -> tuple[str | None, str | None]:
+        match, type_ = item.get("match"), item.get("type")
+        if match is None and type_ is None:
+            self.fault(field, "A 'match' (a glob on names) or a 'type' (a module class) is needed.")
+        if match is not None:
+            try:
+                if not isinstance(match, str):
+                    raise ValueError(f"'match' must be a text; this is {_kind(match)}.")
+                compile_match(match)
+            except ValueError as error:
+                self.fault(f"{field}.match", str(error))
+                match = None
+        if type_ is not None and (not isinstance(type_, str) or not type_):
+            self.fault(
+                f"{field}.type", "'type' must be the name of a module class, as 'LayerNorm'."
+            )
+            type_ = None
+        return match, type_
+
+    def groups(self) -> Iterable[Group]:
+        for field, item in self.items("groups"):
+            self.check_keys(field, item, "match", "type", "lr_scale", "weight_decay")
+            scale = self.number(f"{field}.lr_scale", item.get("lr_scale", 1.0), least=0.0)
+            decay = item.get("weight_decay")
+            if decay is not None:
+                decay = self.number(f"{field}.weight_decay", decay, least=0.0)
+            yield Group(*self.cover(field, item), scale, decay)
+
+    def changes(self) -> Iterable[Change]:
+        for field, item in self.items("schedule"):
+            self.check_keys(field, item, "at", "action", "match", "type", "optimizer_state")
+            at = item.get("at")
+            if (
+                not isinstance(at, Mapping)
+                or len(at) != 1
+                or next(iter(at)) not in ("epoch", "step")
+                or not _is_count(next(iter(at.values())))
+            ):
+                self.fault(
+                    f"{field}.at", "'at' must be {'epoch': n} or {'step': n} with a whole n ≥ 0."
+                )
+                at = {"epoch": 0}
+            state = item.get("optimizer_state", "fresh")
+            if state not in ("fresh", "keep"):
+                self.fault(
+                    f"{field}.optimizer_state", "'optimizer_state' may be 'fresh' or 'keep'."
+                )
+                state = "fresh"
+            ((unit, count),) = at.items()
+            yield Change(self.rule(field, item), unit, count, state)
+
+    def number(self, field: str, value: Any, least: float) -> float:
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            self.fault(
+                field, f"{field.rsplit('.', 1)[-1]!r} must be a number; this is {_kind(value)}."
+            )
+            return least
+        if not math.isfinite(value) or value < least:
+            self.fault(
+                field, f"{field.rsplit('.', 1)[-1]!r} is {value!r}; it must be at least {least:g}."
+            )
+            return least
+        return float(value)
+
+    def model(self) -> Mapping[str, Any] | None:
+        value = self.document.get("model")
+        if value is not None and not isinstance(value, Mapping):
+            self.fault("model", "'model' must be an object with 'uri' and 'fingerprint'.")
+            return None
+        return value
+
+    def names(self, key: str) -> tuple[str, ...] | None:
+        value = self.document.get(key)
+        if value is None:
+            return None
+        if not isinstance(value, list | tuple) or not all(isinstance(name, str) for name in value):
+            self.fault(key, f"{key!r} must be a list of parameter names.")
+            return None
+        return tuple(value)
+
+
+def _kind(value: Any) -> str:
+    names = {
+        dict: "an object",
+        list: "a list",
+        str: "a text",
+        bool: "a boolean",
+        type(None): "null",
+    }
+    if type(value) in names:
+        return names[type(value)]
+    return f"the number {value!r}" if isinstance(value, int | float) else "something else"
+
+
+def _either(choices: Sequence[str]) -> str:
+    return ", ".join(map(repr, choices[:-1])) + f" or {choices[-1]!r}"
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= 10**9
+
+
+# ---------------------------------------------------------------------------------------- writing
+
+
+def config_document(config: FreezeConfig, graph: ModelGraph | None = None) -> dict[str, Any]:
+    """The config in the contract's JSON; with a graph, its rules expanded on that model."""
+    model = dict(config.model) if config.model is not None else None
+    frozen, trainable = config.frozen, config.trainable
+    if graph is not None:
+        model = {"uri": None, **(model or {}), "fingerprint": graph.fingerprint}
+        frozen, trainable = split_names(config, graph)
+    document: dict[str, Any] = {
+        "format": FORMAT,
+        "version": VERSION,
+        "name": config.name,
+        "model": model,
+        "rules": [rule_document(rule) for rule in config.rules],
+        "mechanism": config.mechanism,
+        "norm_statistics": config.norm_statistics,
+        "dropout": config.dropout,
+        "groups": [_group_document(group) for group in config.groups],
+        "schedule": [_change_document(change) for change in config.schedule],
+    }
+    if frozen is not None:
+        document["frozen"] = list(frozen)
+    if trainable is not None:
+        document["trainable"] = list(trainable)
+    return document
+
+
+def rule_document(rule: Rule) -> dict[str, str]:
+    return {"action": rule.action, **_cover_document(rule)}
+
+
+def _cover_document(cover: Rule | Group) -> dict[str, str]:
+    items = (("match", cover.match), ("type", cover.type))
+    return {key: value for key, value in items if value is not None}
+
+
+def _group_document(group: Group) -> dict[str, Any]:
+    decay = {} if group.weight_decay is None else {"weight_decay": group.weight_decay}
+    return {**_cover_document(group), "lr_scale": group.lr_scale, **decay}
+
+
+def _change_document(change: Change) -> dict[str, Any]:
+    state = {} if change.optimizer_state == "fresh" else {"optimizer_state": change.optimizer_state}
+    return {"at": {change.unit: change.count}, **rule_document(change.rule), **state}
+
+
+# -------------------------------------------------------------------------------------- expanding
+
+
+def match_names(cover: Rule | Group, graph: ModelGraph) -> set[str]:
+    """First names of the parameters that a rule or group covers, by any of their names."""
+    matches: Callable[[str], bool] = compile_match(cover.match) if cover.match else lambda _: True
+    names = {first for name, first in graph.canonical_names.items() if matches(name)}
+    if cover.type is not None:
+        names = {name for name in names if cover.type in graph.owner_types.get(name, ())}
+    return names
+
+
+def expand_rules(config: FreezeConfig, graph: ModelGraph) -> dict[str, bool]:
+    """First name of every parameter, in model order → whether it is frozen.
+
+    The last rule that matches any name of a parameter decides; one that no rule matches stays as
+    the model came; one that is not floating point is always frozen.
+    """
+    frozen = {p.name: not p.requires_grad for p in graph.parameters}
+    for rule in config.rules:
+        for name in match_names(rule, graph):
+            frozen[name] = rule.freezes
+    for parameter in graph.parameters:
+        if not parameter.floating:
+            frozen[parameter.name] = True
+    return frozen
+
+
+def split_names(config: FreezeConfig, graph: ModelGraph) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """(frozen, trainable) first names, each in model order."""
+    state = expand_rules(config, graph)
+    frozen = tuple(name for name, is_frozen in state.items() if is_frozen)
+    return frozen, tuple(name for name, is_frozen in state.items() if not is_frozen)
+
+
+def unmatched_rules(config: FreezeConfig, graph: ModelGraph) -> list[int]:
+    """Indices of the rules that match no parameter of this model."""
+    return [index for index, rule in enumerate(config.rules) if not match_names(rule, graph)]
+
+
+def count_matches(rule: Rule, graph: ModelGraph) -> int:
+    return len(match_names(rule, graph))
+
+
+def differing_names(config: FreezeConfig, graph: ModelGraph) -> dict[str, list[str]]:
+    """Where the names in a document disagree with what its rules give on this model.
+
+    Returns:
+        ``frozen``: names that the document calls frozen and the rules leave trainable;
+        ``trainable``: the reverse; ``unknown``: names in the document that the model lacks;
+        ``missing``: parameters of the model that the document does not mention. All empty where the
+        document lists no names.
+    """
+    if config.frozen is None and config.trainable is None:
+        return {"frozen": [], "trainable": [], "unknown": [], "missing": []}
+    state = expand_rules(config, graph)
+    first = graph.canonical_names
+    claimed = {first[name]: True for name in config.frozen or () if name in first}
+    claimed |= {first[name]: False for name in config.trainable or () if name in first}
+    named = (*(config.frozen or ()), *(config.trainable or ()))
+    both_listed = config.frozen is not None and config.trainable is not None
+    return {
+        "frozen": [n for n, is_frozen in state.items() if claimed.get(n) is True and not is_frozen],
+        "trainable": [n for n, is_frozen in state.items() if claimed.get(n) is False and is_frozen],
+        "unknown": [name for name in named if name not in first],
+        "missing": [name for name in state if name not in claimed] if both_listed else [],
+    }
+
+
+def adopt_names(config: FreezeConfig, graph: ModelGraph) -> FreezeConfig:
+    """The config with rules that give the names that its document lists, as far as they exist."""
+    state = expand_rules(config, graph)
+    for names, is_frozen in ((config.frozen, True), (config.trainable, False)):
+        for name in names or ():
+            if name in graph.canonical_names:
+                state[graph.canonical_names[name]] = is_frozen
+    return replace(config, rules=shortest_rules(state, graph), frozen=None, trainable=None)
+
+
+def held_norms(norm_paths: Iterable[str], frozen: Mapping[str, bool]) -> list[str]:
+    """The norm layers whose running statistics ``norm_statistics: freeze`` holds still.
+
+    Those whose parameters are all frozen; one without parameters follows the nearest module around
+    it that has some.
+
+    Args:
+        frozen: any or all names of every parameter → whether it is frozen.
+    """
+    below: dict[str, bool] = {}  # module path → whether all parameters at and below it are frozen
+    for name, is_frozen in frozen.items():
+        path = name
+        while path:
+            path = path.rpartition(".")[0]
+            below[path] = below.get(path, True) and is_frozen
+    held = []
+    for path in norm_paths:
+        around = path
+        while around not in below and around:
+            around = around.rpartition(".")[0]
+        if below.get(around, False):
+            held.append(path)
+    return held
+
+
+# ---------------------------------------------------------------------------------- ticks, presets
+
+
+def tick_module(config: FreezeConfig, graph: ModelGraph, path: str, frozen: bool) -> FreezeConfig:
+    """The config after the box of a module or of one parameter is ticked or cleared.
+
+    The rules stay readable: the tick is appended and what it made idle is dropped, unless the
+    shortest rules that say the same are fewer.
+
+    Raises:
+        InvalidDocument: the model has neither a module nor a parameter of that name.
+    """
+    if path not in graph.by_path and path not in graph.canonical_names:
+        raise InvalidDocument(
+            [("path", f"{path!r} is neither a module nor a parameter of this model.")]
+        )
+    match = path if path in graph.canonical_names else f"{path}.**" if path else "**"
+    ticked = replace(config, rules=(*config.rules, Rule("freeze" if frozen else "unfreeze", match)))
+    state = expand_rules(ticked, graph)
+    kept = _drop_idle_rules(ticked, graph, state)
+    short = shortest_rules(state, graph)
+    rules = short if len(short) < len(kept) else kept
+    return replace(config, rules=rules, frozen=None, trainable=None)
+
+
+def _drop_idle_rules(
+    config: FreezeConfig, graph: ModelGraph, state: Mapping[str, bool]
+) -> tuple[Rule, ...]:
+    rules = config.rules
+    for rule in config.rules:
+        fewer = tuple(other for other in rules if other is not rule)
+        if expand_rules(replace(config, rules=fewer), graph) == state:
+            rules = fewer
+    return rules
+
+
+def shortest_rules(state: Mapping[str, bool], graph: ModelGraph) -> tuple[Rule, ...]:
+    """The fewest nested rules that give `state`, numbered siblings gathered in braces.
+
+    Args:
+        state: first name of every parameter → whether it is frozen.
+    """
+    leaves: dict[str, tuple[bool, bool]] = {}  # name → (wanted, as the model came)
+    children: dict[str, dict[str, None]] = {}
+    for name, first in graph.canonical_names.items():
+        if graph.by_name[first].floating:
+            leaves[name] = (state[first], not graph.by_name[first].requires_grad)
+            child = name
+            while child:
+                parent = child.rpartition(".")[0]
+                children.setdefault(parent, {})[child] = None
+                child = parent
+    order = sorted(children, key=lambda path: path.count(".") + bool(path), reverse=True)
+    # best[path][inherited]: rules for the subtree, and the state its own rule sets (None: no rule)
+    best: dict[str, dict[bool | None, tuple[int, bool | None]]] = {}
+    inherits: tuple[bool | None, ...] = (None, False, True)
+    for name, (wanted, came) in leaves.items():
+        best[name] = {
+            inherited: (0, None)
+            if (came if inherited is None else inherited) == wanted
+            else (1, wanted)
+            for inherited in inherits
+        }
+    for path in order:
+        totals = {value: sum(best[c][value][0] for c in children[path]) for value in inherits}
+        best[path] = {
+            inherited: min(
+                ((totals[inherited], None), (totals[True] + 1, True), (totals[False] + 1, False)),
+                key=lambda option: option[0],
+            )
+            for inherited in inherits
+        }
+    chosen: list[tuple[str, bool]] = []
+    level: list[tuple[str, bool | None]] = [("", None)] if children else []
+    while level:
+        below: list[tuple[str, bool | None]] = []
+        for path, inherited in level:
+            sets = best[path][inherited][1]
+            if sets is not None:
+                chosen.append((path, sets))
+            below += [
+                (child, inherited if sets is None else sets) for child in children.get(path, ())
+            ]
+        level = below
+    return tuple(
+        Rule("freeze" if frozen else "unfreeze", match) for match, frozen in _gather(chosen, leaves)
+    )
+
+
+def _gather(
+    chosen: Iterable[tuple[str, bool]], leaves: Mapping[str, Any]
+) -> Iterable[tuple[str, bool]]:
+    """Siblings with the same rule become one: layer.0, layer.1, layer.2 → layer.{0..2}."""
+    siblings: dict[tuple[str, bool, bool], list[str]] = {}
+    for path, frozen in chosen:
+        parent, _, last = path.rpartition(".")
+        siblings.setdefault((parent, frozen, path in leaves), []).append(last)
+    for (parent, frozen, is_parameter), lasts in siblings.items():
+        prefix = f"{parent}." if parent else ""
+        for last in _braces(lasts):
+            match = prefix + last
+            yield (match if is_parameter else f"{match}.**" if match else "**"), frozen
+
+
+def _braces(lasts: Sequence[str]) -> list[str]:
+    numbers = sorted(int(last) for last in lasts if last.isascii() and last.isdigit())
+    rest = [last for last in lasts if not (last.isascii() and last.isdigit())]
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    parts = [str(run[0]) if len(run) == 1 else f"{run[0]}..{run[-1]}" for run in runs]
+    if len(parts) == 1:
+        parts = [f"{{{parts[0]}}}" if ".." in parts[0] else parts[0]]
+    elif parts:
+        parts = ["{" + ",".join(f"{{{part}}}" if ".." in part else part for part in parts) + "}"]
+    if len(rest) > 1:
+        rest = ["{" + ",".join(rest) + "}"]
+    return parts + rest
+
+
+PRESETS: tuple[tuple[str, str], ...] = (
+    ("nothing", "Freeze nothing"),
+    ("everything", "Freeze everything"),
+    ("head-only", "Train the head only"),
+    ("last-blocks", "Train the last blocks and the head"),
+    ("first-blocks", "Train the first blocks and the head"),
+    ("one-block", "Train one block (surgical)"),
+    ("norms-only", "Train norm layers only"),
+    ("biases-only", "Train biases only"),
+    ("all-but-norms", "Train all but norm layers"),
+)
+
+
+def preset_config(name: str, graph: ModelGraph, count: int | None = None) -> FreezeConfig:
+    """The freeze config of a preset on one model.
+
+    Args:
+        count: how many blocks, for the presets that count them (1), or which one (0) for
+            ``one-block``.
+
+    Raises:
+        InvalidDocument: no preset has that name, or the model has no such blocks.
+    """
+    labels = dict(PRESETS)
+    if name not in labels:
+        raise InvalidDocument(
+            [("preset", f"{name!r} is not a preset; they are {', '.join(labels)}.")]
+        )
+    head, blocks = find_head(graph), find_blocks(graph)
+    state = {p.name: True for p in graph.parameters}
+
+    def train(covered: Callable[[str], bool]) -> None:
+        for parameter in graph.parameters:
+            if any(covered(n) for n in parameter.names) and parameter.floating:
+                state[parameter.name] = False
+
+    def below(*paths: str) -> Callable[[str], bool]:
+        return lambda n: any(n.startswith(f"{path}.") or n == path for path in paths)
+
+    if name in ("last-blocks", "first-blocks", "one-block"):
+        if not blocks:
+            raise InvalidDocument([("preset", "This model has no repeated blocks to count.")])
+        number = count if count is not None else (0 if name == "one-block" else 1)
+        limit = len(blocks) - 1 if name == "one-block" else len(blocks)
+        if not 0 <= number <= limit:
+            raise InvalidDocument([("count", f"The count is {number}; it may be 0 to {limit}.")])
+    norms = tuple(m.path for m in graph.modules if "Norm" in m.type)
+    if name == "nothing":
+        train(lambda _: True)
+    elif name == "head-only":
+        train(below(head))
+    elif name == "last-blocks":
+        first_kept = blocks[len(blocks) - number] if number else head
+        names = list(graph.canonical_names)
+        start = next(i for i, n in enumerate(names) if below(first_kept)(n))
+        train(lambda n: n in set(names[start:]))
+    elif name == "first-blocks":
+        train(lambda n: not below(*blocks[number:])(n))
+    elif name == "one-block":
+        train(below(blocks[number]))
+    elif name == "norms-only":
+        train(below(*norms))
+    elif name == "biases-only":
+        train(lambda n: n.rpartition(".")[2].endswith("bias"))
+    elif name == "all-but-norms":
+        train(lambda n: not below(*norms)(n))
+    return FreezeConfig(name=labels[name], rules=shortest_rules(state, graph))
+
+
+def find_head(graph: ModelGraph) -> str:
+    """Path of the last module with layers that is not most of the model: often the classifier."""
+    owners = [module.path for module in graph.layers]
+    if not owners:
+        return ""
+    path, total = "", max(graph.parameter_count, 1)
+    while True:
+        prefix = f"{path}." if path else ""
+        last = next((o for o in reversed(owners) if o.startswith(prefix)), None)
+        if last is None:
+            return path
+        path = prefix + last[len(prefix) :].split(".")[0]
+        size = sum(p.numel for p in graph.parameters if p.name.startswith(f"{path}."))
+        if size * 2 <= total or path == last:
+            return path
+
+
+def find_blocks(graph: ModelGraph) -> tuple[str, ...]:
+    """Paths of the repeated blocks: the heaviest group of siblings of one type, in model order."""
+    weights = _weights_below(graph)
+    groups: dict[tuple[str, str], list[str]] = {}
+    for module in graph.modules:
+        if module.path and weights.get(module.path):
+            groups.setdefault((module.path.rpartition(".")[0], module.type), []).append(module.path)
+    repeated = [paths for paths in groups.values() if len(paths) > 1]
+    return tuple(max(repeated, key=lambda paths: sum(weights[p] for p in paths), default=()))
+
+
+def _weights_below(graph: ModelGraph) -> dict[str, int]:
+    """Path of every module → elements in the parameters at and below it."""
+    weights: dict[str, int] = {}
+    for parameter in graph.parameters:
+        path = parameter.name
+        while path:
+            path = path.rpartition(".")[0]
+            weights[path] = weights.get(path, 0) + parameter.numel
+    return weights

@@ -1,0 +1,281 @@
+"""A model as plain values: modules, parameters, ties, buffers, autograd edges. No torch."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from typing import Any
+
+FORMAT = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Parameter:
+    """One parameter tensor under its first name in model order.
+
+    Attributes:
+        shared_with: its other names, where it is tied.
+        floating: whether it can carry a gradient at all.
+        requires_grad: as the model came, before any freeze config.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    numel: int
+    nbytes: int
+    floating: bool
+    requires_grad: bool
+    shared_with: tuple[str, ...] = ()
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return (self.name, *self.shared_with)
+
+
+@dataclass(frozen=True, slots=True)
+class Buffer:
+    """One buffer of a module; `name` is its dotted name in the model."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    numel: int
+    persistent: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Module:
+    """One module: what it owns directly, and the freezing-relevant facts of its type.
+
+    Attributes:
+        parameters: dotted names of the parameters that it owns directly, as seen here (a tied one
+            appears in each owner under that owner's name).
+        is_norm: a norm layer with running statistics.
+        same_as: for a module that has several paths, the first of them (on the others).
+        facts: further facts by key (``dropout``, ``max_norm``, ``spectral_norm``).
+    """
+
+    path: str
+    type: str
+    depth: int
+    parameters: tuple[str, ...] = ()
+    buffers: tuple[Buffer, ...] = ()
+    is_norm: bool = False
+    same_as: str | None = None
+    facts: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Node:
+    """One node of the autograd graph, everything trainable.
+
+    Attributes:
+        name: the autograd name (``AddmmBackward0``).
+        module: path of the innermost module whose call made it, None outside all.
+        inputs: for each of its edges the index of the node it leads to, -1 where none.
+        parameter: for an ``AccumulateGrad`` the parameter's first name; "" for another leaf that
+            requires a gradient (an input, a hook's leaf); None for everything else.
+        forward_flops: of the operation, a multiply and an add counted as two.
+        edge_flops: backward FLOPs that each edge costs when what it leads to is live.
+        node_flops: backward FLOPs that any live edge costs once (attention).
+        from_parameters: whether all that the operation read are parameters, buffers and values
+            derived from them (``1 + weight``).
+        saved: (storage index, bytes, edges) of each tensor it saves; kept for backward where one of
+            the edges is live, where any is for an empty tuple.
+    """
+
+    name: str
+    module: str | None
+    inputs: tuple[int, ...]
+    parameter: str | None = None
+    forward_flops: int = 0
+    edge_flops: tuple[int, ...] = ()
+    node_flops: int = 0
+    from_parameters: bool = False
+    saved: tuple[tuple[int, int, tuple[int, ...]], ...] = ()
+
+
+@dataclass(frozen=True)
+class ModelGraph:
+    """A model's modules and, where it could be traced, its autograd graph.
+
+    Attributes:
+        modules: in model order, the root (path "") first.
+        parameters: every unique parameter in model order.
+        nodes: the autograd graph, each node after those that its edges lead to; empty where the
+            model could not be traced.
+        traced_by: ``fake``, ``real`` or ``none``: how the graph was got.
+        trace_note: why nothing better than `traced_by` worked, "" where nothing failed.
+        forward_flops: of one forward pass on the example, operations outside autograd included.
+        batch_size: first dimension of the example that was traced.
+    """
+
+    modules: tuple[Module, ...]
+    parameters: tuple[Parameter, ...]
+    nodes: tuple[Node, ...] = ()
+    traced_by: str = "none"
+    trace_note: str = ""
+    forward_flops: int = 0
+    batch_size: int = 1
+
+    @property
+    def parameter_count(self) -> int:
+        """Elements in all parameters, a tied one counted once."""
+        return sum(parameter.numel for parameter in self.parameters)
+
+    @property
+    def tensor_count(self) -> int:
+        return len(self.parameters)
+
+    @property
+    def module_count(self) -> int:
+        return len(self.modules)
+
+    @cached_property
+    def canonical_names(self) -> dict[str, str]:
+        """Every name of every parameter → its first name in model order."""
+        return {name: p.name for p in self.parameters for name in p.names}
+
+    @cached_property
+    def by_name(self) -> dict[str, Parameter]:
+        """First name → parameter."""
+        return {p.name: p for p in self.parameters}
+
+    @cached_property
+    def by_path(self) -> dict[str, Module]:
+        return {module.path: module for module in self.modules}
+
+    @property
+    def layers(self) -> Iterator[Module]:
+        """Modules that own parameters directly, parents included, in model order."""
+        return (module for module in self.modules if module.parameters)
+
+    @cached_property
+    def owner_types(self) -> dict[str, set[str]]:
+        """First name of a parameter → class names of the modules that own it directly."""
+        types: dict[str, set[str]] = {}
+        for module in self.layers:
+            for name in module.parameters:
+                types.setdefault(self.canonical_names[name], set()).add(module.type)
+        return types
+
+    @cached_property
+    def layer_nodes(self) -> dict[str, tuple[int, ...]]:
+        """Path of every layer → indices of the nodes that are its operations.
+
+        Those inside its own module's calls, and those that read its parameters or values derived
+        from them elsewhere; but what a module that shares a tied parameter does counts there.
+        """
+        owners: dict[str, list[str]] = {}
+        operations: dict[str, dict[int, None]] = {}
+        for layer in self.layers:
+            operations[layer.path] = {}
+            for name in layer.parameters if layer.same_as is None else ():
+                owners.setdefault(self.canonical_names[name], []).append(layer.path)
+        origins: list[frozenset[str]] = []  # the parameters that a node's result is derived from
+        for index, node in enumerate(self.nodes):
+            below = [origins[i] for i in node.inputs if i >= 0]
+            read = frozenset().union(*below)
+            if node.parameter:
+                origins.append(frozenset([node.parameter]))
+            else:
+                origins.append(read if node.from_parameters else frozenset())
+                if node.module in operations:
+                    operations[node.module][index] = None
+                for name in read:
+                    if node.module not in owners[name]:
+                        for path in owners[name]:
+                            operations[path][index] = None
+        return {layer.path: tuple(operations[layer.same_as or layer.path]) for layer in self.layers}
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 of the canonical list of (name, shape, dtype, ties)."""
+        canonical = [
+            [p.name, list(p.shape), p.dtype, sorted(p.shared_with)] for p in self.parameters
+        ]
+        text = json.dumps(canonical, separators=(",", ":"), ensure_ascii=True)
+        return "sha256:" + hashlib.sha256(text.encode()).hexdigest()
+
+    def tree(self) -> dict[str, Any]:
+        """The modules in the shape of ``GET /api/models/{id}/tree``."""
+        return {"modules": [self._module_document(module) for module in self.modules]}
+
+    def _module_document(self, module: Module) -> dict[str, Any]:
+        return {
+            "path": module.path,
+            "type": module.type,
+            "depth": module.depth,
+            "parameters": [self._parameter_document(name) for name in module.parameters],
+            "buffers": [
+                {"name": b.name, "shape": list(b.shape), "dtype": b.dtype, "numel": b.numel}
+                for b in module.buffers
+            ],
+        }
+
+    def _parameter_document(self, name: str) -> dict[str, Any]:
+        parameter = self.by_name[self.canonical_names[name]]
+        return {
+            "name": name,
+            "shape": list(parameter.shape),
+            "dtype": parameter.dtype,
+            "numel": parameter.numel,
+            "shared_with": [other for other in parameter.names if other != name],
+        }
+
+    def to_document(self) -> dict[str, Any]:
+        """The whole graph as JSON values; `from_document` gives an equal graph back."""
+        return {
+            "format": FORMAT,
+            "modules": [asdict(module) for module in self.modules],
+            "parameters": [asdict(parameter) for parameter in self.parameters],
+            "nodes": [[getattr(node, name) for name in Node.__slots__] for node in self.nodes],
+            "traced_by": self.traced_by,
+            "trace_note": self.trace_note,
+            "forward_flops": self.forward_flops,
+            "batch_size": self.batch_size,
+        }
+
+    @classmethod
+    def from_document(cls, document: Mapping[str, Any]) -> ModelGraph:
+        """Read what `to_document` wrote.
+
+        Raises:
+            ValueError: the document is of a format that this version does not know.
+        """
+        if document.get("format") != FORMAT:
+            raise ValueError(
+                f"This model graph has format {document.get('format')!r}; "
+                f"this version reads {FORMAT}."
+            )
+        return cls(
+            modules=tuple(_read_module(item) for item in document["modules"]),
+            parameters=tuple(
+                Parameter(**_with_tuples(item, "shape", "shared_with"))
+                for item in document["parameters"]
+            ),
+            nodes=tuple(_read_node(item) for item in document["nodes"]),
+            traced_by=document["traced_by"],
+            trace_note=document["trace_note"],
+            forward_flops=document["forward_flops"],
+            batch_size=document["batch_size"],
+        )
+
+
+def _with_tuples(item: Mapping[str, Any], *keys: str) -> dict[str, Any]:
+    return {**item, **{key: tuple(item[key]) for key in keys}}
+
+
+def _read_module(item: Mapping[str, Any]) -> Module:
+    buffers = tuple(Buffer(**_with_tuples(buffer, "shape")) for buffer in item["buffers"])
+    return Module(**{**_with_tuples(item, "parameters"), "buffers": buffers})
+
+
+def _read_node(item: list[Any]) -> Node:
+    values = dict(zip(Node.__slots__, item, strict=True))
+    saved = tuple((storage, size, tuple(edges)) for storage, size, edges in values["saved"])
+    return Node(**{**_with_tuples(values, "inputs", "edge_flops"), "saved": saved})

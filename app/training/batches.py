@@ -1,0 +1,167 @@
+"""Which examples make which batch: a function of seed, epoch and index. Knows no model."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils.data import DataLoader, Dataset
+
+
+class Batches:
+    """The batches of a training set in their order, from any position in it.
+
+    Attributes:
+        per_epoch: batches in one epoch.
+        position: batches handed out since the beginning of training.
+    """
+
+    def __init__(
+        self,
+        dataset: Any,
+        batch_size: int,
+        *,
+        seed: int,
+        collate: Callable[[list[Any]], Any] | None,
+        seed_items: bool,
+        num_workers: int = 0,
+        drop_single: bool = False,
+    ) -> None:
+        """Args:
+        drop_single: leave out a last batch of one example, which BatchNorm cannot train on.
+        """
+        self.size = len(dataset)
+        self.position = 0
+        self._dataset, self._batch_size, self._seed = dataset, batch_size, seed
+        self._collate, self._seed_items, self._num_workers = collate, seed_items, num_workers
+        self.per_epoch = -(-self.size // batch_size)
+        if drop_single and self.per_epoch > 1 and self.size % batch_size == 1:
+            self.per_epoch -= 1
+        self._iterator: Iterator[Any] | None = None
+
+    def next_window(self, count: int) -> list[Any]:
+        """The next `count` batches, fewer where the epoch ends."""
+        epoch, start = divmod(self.position, self.per_epoch)
+        count = min(count, self.per_epoch - start)
+        if self._iterator is None or start == 0:
+            self._iterator = iter(self._load_epoch(epoch, start))
+        window = [next(self._iterator) for _ in range(count)]
+        self.position += count
+        return window
+
+    def seek(self, position: int) -> None:
+        self.position = position
+        self._iterator = None
+
+    def _load_epoch(self, epoch: int, start: int) -> DataLoader[Any]:
+        generator = torch.Generator().manual_seed(mix_seed(self._seed, epoch))
+        order = torch.randperm(self.size, generator=generator).tolist()
+        batches = [
+            order[index * self._batch_size : (index + 1) * self._batch_size]
+            for index in range(start, self.per_epoch)
+        ]
+        items = SeededItems(self._dataset, self._seed, epoch) if self._seed_items else self._dataset
+        return load_batches(items, batches, self._collate, self._num_workers, generator)
+
+
+def load_batches(
+    items: Any,
+    batches: Sequence[Sequence[int]],
+    collate: Callable[[list[Any]], Any] | None,
+    num_workers: int,
+    generator: torch.Generator,
+) -> DataLoader[Any]:
+    """A DataLoader over given index lists that draws nothing from the global generators."""
+    return DataLoader(
+        items,
+        batch_sampler=[list(batch) for batch in batches],
+        collate_fn=collate,
+        num_workers=num_workers,
+        generator=generator,
+    )
+
+
+class SeededItems(Dataset[Any]):
+    """A dataset whose items draw from generators seeded by (seed, epoch, index)."""
+
+    def __init__(self, dataset: Any, seed: int, epoch: int) -> None:
+        self._dataset, self._seed, self._epoch = dataset, seed, epoch
+
+    def __len__(self) -> int:
+        return len(self._dataset)
+
+    def __getitem__(self, index: int) -> Any:
+        with untouched_generators():
+            seed_generators(mix_seed(self._seed, self._epoch, index))
+            return self._dataset[index]
+
+
+def mix_seed(*parts: int) -> int:
+    """One 63-bit seed from several numbers, the same on every machine."""
+    text = ",".join(map(str, parts)).encode()
+    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little") >> 1
+
+
+def seed_generators(seed: int) -> None:
+    """Seed torch (every device), Python and NumPy."""
+    torch.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+
+
+def read_generators(device: torch.device) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """State of every global generator: (tensors, JSON values)."""
+    name, keys, position, has_gauss, gauss = cast(tuple[Any, ...], np.random.get_state())
+    tensors = {"torch": torch.get_rng_state(), "numpy": torch.from_numpy(keys.astype(np.int64))}
+    if device.type == "cuda":
+        tensors["cuda"] = torch.cuda.get_rng_state(device)
+    version, internal, gauss_next = random.getstate()
+    values = {
+        "python": [version, list(internal), gauss_next],
+        "numpy": [name, int(position), int(has_gauss), float(gauss)],
+    }
+    return tensors, values
+
+
+def write_generators(
+    tensors: Mapping[str, torch.Tensor], values: Mapping[str, Any], device: torch.device
+) -> None:
+    """Put back what `read_generators` read."""
+    torch.set_rng_state(tensors["torch"])
+    if device.type == "cuda" and "cuda" in tensors:
+        torch.cuda.set_rng_state(tensors["cuda"], device)
+    version, internal, gauss_next = values["python"]
+    random.setstate((version, tuple(internal), gauss_next))
+    name, position, has_gauss, gauss = values["numpy"]
+    keys = tensors["numpy"].numpy().astype(np.uint32)
+    np.random.set_state((name, keys, position, has_gauss, gauss))
+
+
+@contextlib.contextmanager
+def untouched_generators() -> Iterator[None]:
+    """Whatever is drawn inside, the global CPU generators go on as if it had not been."""
+    state = torch.get_rng_state(), random.getstate(), np.random.get_state()
+    try:
+        yield
+    finally:
+        torch.set_rng_state(state[0])
+        random.setstate(state[1])
+        np.random.set_state(state[2])
+
+
+def move_batch(batch: Any, device: torch.device) -> Any:
+    return tree_map_only(torch.Tensor, lambda t: t.to(device, non_blocking=True), batch)
+
+
+def count_examples(batch: Any) -> int:
+    """First dimension of the first tensor in a batch."""
+    for leaf in tree_leaves(batch):
+        if isinstance(leaf, torch.Tensor) and leaf.dim():
+            return leaf.shape[0]
+    return 1

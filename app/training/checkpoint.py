@@ -1,0 +1,180 @@
+"""Checkpoints that are complete or absent, by name and not by position. Knows no loop."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from app.freezing.trace import read_model
+
+FORMAT = 1
+MODEL_FILE = "model.safetensors"
+TRAINER_FILE = "trainer.safetensors"
+STATE_FILE = "trainer.json"
+MANIFEST_FILE = "manifest.json"
+
+
+class CorruptCheckpoint(Exception):
+    """A checkpoint does not match its own manifest."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What one checkpoint holds: the model, the trainer's tensors and its plain values."""
+
+    step: int
+    model: Mapping[str, torch.Tensor]
+    trainer: Mapping[str, torch.Tensor]
+    state: Mapping[str, Any]
+
+
+def write_checkpoint(folder: Path, checkpoint: Checkpoint) -> dict[str, Any]:
+    """Write a checkpoint so that a crash at any moment leaves it complete or absent.
+
+    A temporary folder, a manifest with SHA-256 of every file, fsync, a rename, fsync of the parent.
+
+    Returns:
+        ``{"step", "bytes", "created_at"}``.
+
+    Raises:
+        OSError: the disk refused; nothing was published, and what was there is untouched.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    final = checkpoint_path(folder, checkpoint.step)
+    temporary = folder / f".{final.name}.{os.getpid()}"
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    try:
+        save_file(_storable(checkpoint.model), temporary / MODEL_FILE, metadata={"format": "pt"})
+        save_file(_storable(checkpoint.trainer), temporary / TRAINER_FILE)
+        (temporary / STATE_FILE).write_text(json.dumps(checkpoint.state))
+        created_at = datetime.now(UTC).isoformat()
+        files = {path.name: _describe_file(path) for path in sorted(temporary.iterdir())}
+        manifest = {
+            "format": FORMAT,
+            "step": checkpoint.step,
+            "created_at": created_at,
+            "files": files,
+        }
+        (temporary / MANIFEST_FILE).write_text(json.dumps(manifest))
+        for path in (*temporary.iterdir(), temporary):
+            _sync(path)
+        if final.exists():  # this very step, from an earlier attempt: identical or superseded
+            shutil.rmtree(final)
+        temporary.rename(final)
+        _sync(folder)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    size = sum(entry["bytes"] for entry in files.values())
+    return {"step": checkpoint.step, "bytes": size, "created_at": created_at}
+
+
+def read_checkpoint(path: Path) -> Checkpoint:
+    """Read a checkpoint after verifying its manifest.
+
+    Raises:
+        CorruptCheckpoint: a file is missing or differs from what was written.
+    """
+    try:
+        manifest = json.loads((path / MANIFEST_FILE).read_text())
+        if manifest["format"] != FORMAT:
+            raise CorruptCheckpoint(f"{path.name} has format {manifest['format']!r}, not {FORMAT}.")
+        for name, entry in manifest["files"].items():
+            if _describe_file(path / name) != entry:
+                raise CorruptCheckpoint(f"{path.name}: {name} is not what was written.")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CorruptCheckpoint(f"{path.name} cannot be read: {error}") from error
+    return Checkpoint(
+        step=manifest["step"],
+        model=load_file(path / MODEL_FILE),
+        trainer=load_file(path / TRAINER_FILE),
+        state=json.loads((path / STATE_FILE).read_text()),
+    )
+
+
+def checkpoint_path(folder: Path, step: int) -> Path:
+    return folder / f"step-{step:09d}"
+
+
+def checkpoint_steps(folder: Path) -> list[int]:
+    """Steps of the published checkpoints, oldest first."""
+    if not folder.is_dir():
+        return []
+    found = (re.fullmatch(r"step-(\d{9,})", path.name) for path in folder.iterdir())
+    return sorted(int(match[1]) for match in found if match)
+
+
+def delete_checkpoint(folder: Path, step: int) -> None:
+    """Remove a checkpoint: unpublished by one rename, then deleted."""
+    path = checkpoint_path(folder, step)
+    doomed = path.with_name(f".deleted-{path.name}.{os.getpid()}")
+    path.rename(doomed)
+    shutil.rmtree(doomed)
+
+
+def model_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
+    """What a model's checkpoint holds: parameters by first name, and persistent buffers."""
+    first = read_model(model).canonical_names
+    state = model.state_dict()
+    return {
+        name: t
+        for name, t in state.items()
+        if isinstance(t, torch.Tensor) and first.get(name, name) == name
+    }
+
+
+def load_model_tensors(model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Copy a checkpoint's tensors into a model of the same names and shapes.
+
+    Raises:
+        CorruptCheckpoint: names or shapes differ.
+    """
+    own = model_tensors(model)
+    if set(own) != set(tensors):
+        raise CorruptCheckpoint(
+            f"The checkpoint and the model differ in {sorted(set(own) ^ set(tensors))[:5]}."
+        )
+    with torch.no_grad():
+        for name, tensor in tensors.items():
+            if own[name].shape != tensor.shape:
+                raise CorruptCheckpoint(
+                    f"{name} is {tuple(tensor.shape)} there, {tuple(own[name].shape)} in the model."
+                )
+            own[name].copy_(tensor)
+
+
+def _storable(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Copies on the host, each with a storage of its own, as safetensors wants them."""
+    return {
+        name: t.detach().cpu().clone(memory_format=torch.contiguous_format)
+        for name, t in tensors.items()
+    }
+
+
+def _describe_file(path: Path) -> dict[str, Any]:
+    with path.open("rb") as file:
+        return {
+            "bytes": path.stat().st_size,
+            "sha256": hashlib.file_digest(file, "sha256").hexdigest(),
+        }
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

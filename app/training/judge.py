@@ -1,0 +1,148 @@
+"""What a batch's output is worth: loss and metrics. Knows no optimizer and no freezing."""
+
+from __future__ import annotations
+
+import contextlib
+from collections import defaultdict
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from app.freezing.errors import InvalidDocument
+from app.freezing.trace import call_model
+from app.sources.models import BuiltModel
+from app.training.batches import (
+    SeededItems,
+    count_examples,
+    load_batches,
+    mix_seed,
+    move_batch,
+    untouched_generators,
+)
+
+IGNORED_TARGET = -100  # cross-entropy's own convention for positions that do not count
+
+
+def call_on_batch(model: Callable[..., Any], batch: Any) -> Any:
+    """A pair calls ``model(input)``, tuple or dict inputs unpacked; a dict ``model(**batch)``."""
+    if isinstance(batch, Mapping):
+        return model(**batch)
+    return call_model(model, batch[0])
+
+
+def compute_loss(built: BuiltModel, output: Any, batch: Any) -> torch.Tensor:
+    """The factory's loss, else the output's own, else one by the kind of the targets.
+
+    Cross-entropy for integer targets, mean squared error for floating ones.
+
+    Raises:
+        InvalidDocument: there is no loss, no target, or their shapes do not go together.
+    """
+    if built.loss is not None:
+        return built.loss(output, batch)
+    own = getattr(output, "loss", None)
+    if isinstance(own, torch.Tensor):
+        return own
+    logits, target = read_logits(output), read_target(batch)
+    if logits is None or target is None:
+        raise _misfit("The model gives no loss and the batch no target; give the factory a 'loss'.")
+    shapes = f"The output has shape {tuple(logits.shape)} and the target {tuple(target.shape)}"
+    if target.is_floating_point():
+        if logits.numel() != target.numel():
+            raise _misfit(f"{shapes}; for mean squared error they must have the same size.")
+        return F.mse_loss(logits, target.view_as(logits).to(logits.dtype))
+    classes = _classes_first(logits, target)
+    if classes is None:
+        raise _misfit(f"{shapes}; for cross-entropy the output needs one axis more, the classes.")
+    return F.cross_entropy(classes, target, ignore_index=IGNORED_TARGET)
+
+
+def _misfit(message: str) -> InvalidDocument:
+    return InvalidDocument([("dataset", message)])
+
+
+def read_logits(output: Any) -> torch.Tensor | None:
+    if isinstance(output, torch.Tensor):
+        return output
+    logits = getattr(output, "logits", None)
+    if isinstance(logits, torch.Tensor):
+        return logits
+    if isinstance(output, tuple | list) and output and isinstance(output[0], torch.Tensor):
+        return output[0]
+    return None
+
+
+def read_target(batch: Any) -> torch.Tensor | None:
+    target = batch.get("labels") if isinstance(batch, Mapping) else batch[1]
+    return target if isinstance(target, torch.Tensor) else None
+
+
+def _classes_first(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor | None:
+    """Logits with the class axis second, as cross-entropy wants it; None where none is there."""
+    if logits.dim() == target.dim() + 1:
+        if logits.shape[0] == target.shape[0] and logits.shape[2:] == target.shape[1:]:
+            return logits
+        if logits.shape[:-1] == target.shape:
+            return logits.movedim(-1, 1)
+    return None
+
+
+def evaluate_set(
+    built: BuiltModel,
+    dataset: Any,
+    *,
+    batch_size: int,
+    collate: Callable[[list[Any]], Any] | None,
+    seed_items: bool,
+    seed: int,
+    device: torch.device,
+    autocast: Callable[[], contextlib.AbstractContextManager[Any]],
+    interrupted: Callable[[], bool],
+) -> dict[str, float] | None:
+    """Loss and metrics over one set, in eval mode, without a graph.
+
+    Draws nothing from the generators that training draws from. The model is left in eval mode.
+
+    Returns:
+        Name → mean over examples (accuracy: over targets that count); None when `interrupted`.
+    """
+    built.model.eval()
+    batches = [
+        range(start, min(start + batch_size, len(dataset)))
+        for start in range(0, len(dataset), batch_size)
+    ]
+    items = SeededItems(dataset, mix_seed(seed, 1), 0) if seed_items else dataset
+    sums: dict[str, float] = defaultdict(float)
+    counts: dict[str, int] = defaultdict(int)
+    with torch.no_grad(), untouched_generators():
+        for loaded in load_batches(items, batches, collate, 0, torch.Generator()):
+            if interrupted():
+                return None
+            batch = move_batch(loaded, device)
+            with autocast():
+                output = call_on_batch(built.model, batch)
+                loss = compute_loss(built, output, batch)
+            size = count_examples(batch)
+            for name, value, count in _judge_batch(built, output, batch, loss, size):
+                sums[name] += value * count
+                counts[name] += count
+    return {name: sums[name] / counts[name] for name in sums if counts[name]}
+
+
+def _judge_batch(
+    built: BuiltModel, output: Any, batch: Any, loss: torch.Tensor, size: int
+) -> list[tuple[str, float, int]]:
+    judged = [("loss", loss.item(), size)]
+    logits, target = read_logits(output), read_target(batch)
+    if logits is not None and target is not None and not target.is_floating_point():
+        classes = _classes_first(logits, target)
+        if classes is not None:
+            counted = target != IGNORED_TARGET
+            right = (classes.argmax(1) == target) & counted
+            count = int(counted.sum())
+            if count:
+                judged.append(("accuracy", right.sum().item() / count, count))
+    judged += [(name, float(metric(output, batch)), size) for name, metric in built.metrics.items()]
+    return judged
