@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
-import math
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
-from app.freezing.errors import InvalidDocument
+from app.freezing.errors import MAX_FAULTS, InvalidDocument, describe_unknown, show_value
 from app.freezing.globs import compile_match
 from app.freezing.graph import ModelGraph
 
@@ -92,10 +91,13 @@ def parse_config(document: Any) -> FreezeConfig:
         "groups", "schedule", "frozen", "trainable",
     )  # fmt: skip
     if document.get("format", FORMAT) != FORMAT:
-        reader.fault("format", f"The format is {document['format']!r}; it must be {FORMAT!r}.")
+        reader.fault(
+            "format", f"The format is {show_value(document['format'])}; it must be {FORMAT!r}."
+        )
     if document.get("version", VERSION) != VERSION or document.get("version") is True:
         reader.fault(
-            "version", f"Version {document['version']!r} is not known; this reads {VERSION}."
+            "version",
+            f"Version {show_value(document['version'])} is not known; this reads {VERSION}.",
         )
     config = FreezeConfig(
         rules=tuple(reader.rules()),
@@ -139,11 +141,9 @@ class _Reader:
         self.errors.append((field, message))
 
     def check_keys(self, field: str, item: Mapping[str, Any], *known: str) -> None:
-        for key in item:
-            if key not in known:
-                near = difflib.get_close_matches(str(key), known, n=1, cutoff=0)[0]
-                where = f"{field}.{key}" if field else str(key)
-                self.fault(where, f"{key!r} is not a key here; the nearest is {near!r}.")
+        for key in [key for key in item if key not in known][:MAX_FAULTS]:
+            where = f"{field}.{key}" if field else str(key)
+            self.fault(where[:100], describe_unknown(key, known, "a key here"))
 
     def text(self, key: str, limit: int) -> str:
         value = self.document.get(key, "")
@@ -157,7 +157,7 @@ class _Reader:
     def choice(self, key: str, choices: Sequence[str]) -> str:
         value = self.document.get(key, choices[0])
         if value not in choices or not isinstance(value, str):
-            self.fault(key, f"{key!r} is {value!r}; it may be {_either(choices)}.")
+            self.fault(key, f"{key!r} is {show_value(value)}; it may be {_either(choices)}.")
             return choices[0]
         return value
 
@@ -185,7 +185,8 @@ class _Reader:
         action = item.get("action")
         if action not in ("freeze", "unfreeze") or not isinstance(action, str):
             self.fault(
-                f"{field}.action", f"The action is {action!r}; it may be 'freeze' or 'unfreeze'."
+                f"{field}.action",
+                f"The action is {show_value(action)}; it may be 'freeze' or 'unfreeze'.",
             )
             action = "freeze"
         return Rule(action, *self.cover(field, item))
@@ -242,17 +243,15 @@ class _Reader:
             yield Change(self.rule(field, item), unit, count, state)
 
     def number(self, field: str, value: Any, least: float) -> float:
+        name = field.rsplit(".", 1)[-1]
         if isinstance(value, bool) or not isinstance(value, int | float):
-            self.fault(
-                field, f"{field.rsplit('.', 1)[-1]!r} must be a number; this is {_kind(value)}."
-            )
-            return least
-        if not math.isfinite(value) or value < least:
-            self.fault(
-                field, f"{field.rsplit('.', 1)[-1]!r} is {value!r}; it must be at least {least:g}."
-            )
-            return least
-        return float(value)
+            self.fault(field, f"{name!r} must be a number; this is {_kind(value)}.")
+        elif not least <= value <= sys.float_info.max:
+            shown = show_value(value)
+            self.fault(field, f"{name!r} is {shown}; it must be finite and at least {least:g}.")
+        else:
+            return float(value)
+        return least
 
     def model(self) -> Mapping[str, Any] | None:
         value = self.document.get("model")
@@ -281,7 +280,7 @@ def _kind(value: Any) -> str:
     }
     if type(value) in names:
         return names[type(value)]
-    return f"the number {value!r}" if isinstance(value, int | float) else "something else"
+    return f"the number {show_value(value)}" if isinstance(value, int | float) else "something else"
 
 
 def _either(choices: Sequence[str]) -> str:
@@ -409,16 +408,6 @@ def differing_names(config: FreezeConfig, graph: ModelGraph) -> dict[str, list[s
     }
 
 
-def adopt_names(config: FreezeConfig, graph: ModelGraph) -> FreezeConfig:
-    """The config with rules that give the names that its document lists, as far as they exist."""
-    state = expand_rules(config, graph)
-    for names, is_frozen in ((config.frozen, True), (config.trainable, False)):
-        for name in names or ():
-            if name in graph.canonical_names:
-                state[graph.canonical_names[name]] = is_frozen
-    return replace(config, rules=shortest_rules(state, graph), frozen=None, trainable=None)
-
-
 def held_norms(norm_paths: Iterable[str], frozen: Mapping[str, bool]) -> list[str]:
     """The norm layers whose running statistics ``norm_statistics: freeze`` holds still.
 
@@ -442,234 +431,3 @@ def held_norms(norm_paths: Iterable[str], frozen: Mapping[str, bool]) -> list[st
         if below.get(around, False):
             held.append(path)
     return held
-
-
-# ---------------------------------------------------------------------------------- ticks, presets
-
-
-def tick_module(config: FreezeConfig, graph: ModelGraph, path: str, frozen: bool) -> FreezeConfig:
-    """The config after the box of a module or of one parameter is ticked or cleared.
-
-    The rules stay readable: the tick is appended and what it made idle is dropped, unless the
-    shortest rules that say the same are fewer.
-
-    Raises:
-        InvalidDocument: the model has neither a module nor a parameter of that name.
-    """
-    if path not in graph.by_path and path not in graph.canonical_names:
-        raise InvalidDocument(
-            [("path", f"{path!r} is neither a module nor a parameter of this model.")]
-        )
-    match = path if path in graph.canonical_names else f"{path}.**" if path else "**"
-    ticked = replace(config, rules=(*config.rules, Rule("freeze" if frozen else "unfreeze", match)))
-    state = expand_rules(ticked, graph)
-    kept = _drop_idle_rules(ticked, graph, state)
-    short = shortest_rules(state, graph)
-    rules = short if len(short) < len(kept) else kept
-    return replace(config, rules=rules, frozen=None, trainable=None)
-
-
-def _drop_idle_rules(
-    config: FreezeConfig, graph: ModelGraph, state: Mapping[str, bool]
-) -> tuple[Rule, ...]:
-    rules = config.rules
-    for rule in config.rules:
-        fewer = tuple(other for other in rules if other is not rule)
-        if expand_rules(replace(config, rules=fewer), graph) == state:
-            rules = fewer
-    return rules
-
-
-def shortest_rules(state: Mapping[str, bool], graph: ModelGraph) -> tuple[Rule, ...]:
-    """The fewest nested rules that give `state`, numbered siblings gathered in braces.
-
-    Args:
-        state: first name of every parameter → whether it is frozen.
-    """
-    leaves: dict[str, tuple[bool, bool]] = {}  # name → (wanted, as the model came)
-    children: dict[str, dict[str, None]] = {}
-    for name, first in graph.canonical_names.items():
-        if graph.by_name[first].floating:
-            leaves[name] = (state[first], not graph.by_name[first].requires_grad)
-            child = name
-            while child:
-                parent = child.rpartition(".")[0]
-                children.setdefault(parent, {})[child] = None
-                child = parent
-    order = sorted(children, key=lambda path: path.count(".") + bool(path), reverse=True)
-    # best[path][inherited]: rules for the subtree, and the state its own rule sets (None: no rule)
-    best: dict[str, dict[bool | None, tuple[int, bool | None]]] = {}
-    inherits: tuple[bool | None, ...] = (None, False, True)
-    for name, (wanted, came) in leaves.items():
-        best[name] = {
-            inherited: (0, None)
-            if (came if inherited is None else inherited) == wanted
-            else (1, wanted)
-            for inherited in inherits
-        }
-    for path in order:
-        totals = {value: sum(best[c][value][0] for c in children[path]) for value in inherits}
-        best[path] = {
-            inherited: min(
-                ((totals[inherited], None), (totals[True] + 1, True), (totals[False] + 1, False)),
-                key=lambda option: option[0],
-            )
-            for inherited in inherits
-        }
-    chosen: list[tuple[str, bool]] = []
-    level: list[tuple[str, bool | None]] = [("", None)] if children else []
-    while level:
-        below: list[tuple[str, bool | None]] = []
-        for path, inherited in level:
-            sets = best[path][inherited][1]
-            if sets is not None:
-                chosen.append((path, sets))
-            below += [
-                (child, inherited if sets is None else sets) for child in children.get(path, ())
-            ]
-        level = below
-    return tuple(
-        Rule("freeze" if frozen else "unfreeze", match) for match, frozen in _gather(chosen, leaves)
-    )
-
-
-def _gather(
-    chosen: Iterable[tuple[str, bool]], leaves: Mapping[str, Any]
-) -> Iterable[tuple[str, bool]]:
-    """Siblings with the same rule become one: layer.0, layer.1, layer.2 → layer.{0..2}."""
-    siblings: dict[tuple[str, bool, bool], list[str]] = {}
-    for path, frozen in chosen:
-        parent, _, last = path.rpartition(".")
-        siblings.setdefault((parent, frozen, path in leaves), []).append(last)
-    for (parent, frozen, is_parameter), lasts in siblings.items():
-        prefix = f"{parent}." if parent else ""
-        for last in _braces(lasts):
-            match = prefix + last
-            yield (match if is_parameter else f"{match}.**" if match else "**"), frozen
-
-
-def _braces(lasts: Sequence[str]) -> list[str]:
-    numbers = sorted(int(last) for last in lasts if last.isascii() and last.isdigit())
-    rest = [last for last in lasts if not (last.isascii() and last.isdigit())]
-    runs: list[list[int]] = []
-    for number in numbers:
-        if runs and number == runs[-1][-1] + 1:
-            runs[-1].append(number)
-        else:
-            runs.append([number])
-    parts = [str(run[0]) if len(run) == 1 else f"{run[0]}..{run[-1]}" for run in runs]
-    if len(parts) == 1:
-        parts = [f"{{{parts[0]}}}" if ".." in parts[0] else parts[0]]
-    elif parts:
-        parts = ["{" + ",".join(f"{{{part}}}" if ".." in part else part for part in parts) + "}"]
-    if len(rest) > 1:
-        rest = ["{" + ",".join(rest) + "}"]
-    return parts + rest
-
-
-PRESETS: tuple[tuple[str, str], ...] = (
-    ("nothing", "Freeze nothing"),
-    ("everything", "Freeze everything"),
-    ("head-only", "Train the head only"),
-    ("last-blocks", "Train the last blocks and the head"),
-    ("first-blocks", "Train the first blocks and the head"),
-    ("one-block", "Train one block (surgical)"),
-    ("norms-only", "Train norm layers only"),
-    ("biases-only", "Train biases only"),
-    ("all-but-norms", "Train all but norm layers"),
-)
-
-
-def preset_config(name: str, graph: ModelGraph, count: int | None = None) -> FreezeConfig:
-    """The freeze config of a preset on one model.
-
-    Args:
-        count: how many blocks, for the presets that count them (1), or which one (0) for
-            ``one-block``.
-
-    Raises:
-        InvalidDocument: no preset has that name, or the model has no such blocks.
-    """
-    labels = dict(PRESETS)
-    if name not in labels:
-        raise InvalidDocument(
-            [("preset", f"{name!r} is not a preset; they are {', '.join(labels)}.")]
-        )
-    head, blocks = find_head(graph), find_blocks(graph)
-    state = {p.name: True for p in graph.parameters}
-
-    def train(covered: Callable[[str], bool]) -> None:
-        for parameter in graph.parameters:
-            if any(covered(n) for n in parameter.names) and parameter.floating:
-                state[parameter.name] = False
-
-    def below(*paths: str) -> Callable[[str], bool]:
-        return lambda n: any(n.startswith(f"{path}.") or n == path for path in paths)
-
-    if name in ("last-blocks", "first-blocks", "one-block"):
-        if not blocks:
-            raise InvalidDocument([("preset", "This model has no repeated blocks to count.")])
-        number = count if count is not None else (0 if name == "one-block" else 1)
-        limit = len(blocks) - 1 if name == "one-block" else len(blocks)
-        if not 0 <= number <= limit:
-            raise InvalidDocument([("count", f"The count is {number}; it may be 0 to {limit}.")])
-    norms = tuple(m.path for m in graph.modules if "Norm" in m.type)
-    if name == "nothing":
-        train(lambda _: True)
-    elif name == "head-only":
-        train(below(head))
-    elif name == "last-blocks":
-        first_kept = blocks[len(blocks) - number] if number else head
-        names = list(graph.canonical_names)
-        start = next(i for i, n in enumerate(names) if below(first_kept)(n))
-        train(lambda n: n in set(names[start:]))
-    elif name == "first-blocks":
-        train(lambda n: not below(*blocks[number:])(n))
-    elif name == "one-block":
-        train(below(blocks[number]))
-    elif name == "norms-only":
-        train(below(*norms))
-    elif name == "biases-only":
-        train(lambda n: n.rpartition(".")[2].endswith("bias"))
-    elif name == "all-but-norms":
-        train(lambda n: not below(*norms)(n))
-    return FreezeConfig(name=labels[name], rules=shortest_rules(state, graph))
-
-
-def find_head(graph: ModelGraph) -> str:
-    """Path of the last module with layers that is not most of the model: often the classifier."""
-    owners = [module.path for module in graph.layers]
-    if not owners:
-        return ""
-    path, total = "", max(graph.parameter_count, 1)
-    while True:
-        prefix = f"{path}." if path else ""
-        last = next((o for o in reversed(owners) if o.startswith(prefix)), None)
-        if last is None:
-            return path
-        path = prefix + last[len(prefix) :].split(".")[0]
-        size = sum(p.numel for p in graph.parameters if p.name.startswith(f"{path}."))
-        if size * 2 <= total or path == last:
-            return path
-
-
-def find_blocks(graph: ModelGraph) -> tuple[str, ...]:
-    """Paths of the repeated blocks: the heaviest group of siblings of one type, in model order."""
-    weights = _weights_below(graph)
-    groups: dict[tuple[str, str], list[str]] = {}
-    for module in graph.modules:
-        if module.path and weights.get(module.path):
-            groups.setdefault((module.path.rpartition(".")[0], module.type), []).append(module.path)
-    repeated = [paths for paths in groups.values() if len(paths) > 1]
-    return tuple(max(repeated, key=lambda paths: sum(weights[p] for p in paths), default=()))
-
-
-def _weights_below(graph: ModelGraph) -> dict[str, int]:
-    """Path of every module → elements in the parameters at and below it."""
-    weights: dict[str, int] = {}
-    for parameter in graph.parameters:
-        path = parameter.name
-        while path:
-            path = path.rpartition(".")[0]
-            weights[path] = weights.get(path, 0) + parameter.numel
-    return weights

@@ -1,5 +1,6 @@
 """What the heart refuses: documents that cannot be used. Knows not how a refusal is shown."""
 
+import difflib
 from collections.abc import Iterable
 
 
@@ -15,3 +16,22 @@ class InvalidDocument(ValueError):
         self.errors = tuple(errors)
         assert self.errors, "an InvalidDocument names at least one fault"
         super().__init__(" ".join(message for _, message in self.errors))
+
+
+MAX_SHOWN = 100  # characters of what came that a message repeats
+MAX_FAULTS = 100  # a document of nothing but unknown keys gets no longer answer
+
+
+def describe_unknown(key: object, known: Iterable[str], noun: str) -> str:
+    """One sentence for a key that is not known, with the nearest that is."""
+    shown = str(key)[:MAX_SHOWN]
+    near = difflib.get_close_matches(shown, list(known), n=1, cutoff=0)[0]
+    return f"{shown!r} is not {noun}; the nearest is {near!r}."
+
+
+def show_value(value: object) -> str:
+    """What came, as a message repeats it: a literal, cut where it is long."""
+    if isinstance(value, int) and abs(value) >= 10**MAX_SHOWN:
+        return "a number of more than a hundred digits"
+    shown = repr(value[:MAX_SHOWN] if isinstance(value, str) else value)
+    return shown if len(shown) <= MAX_SHOWN else shown[: MAX_SHOWN - 1] + "…"

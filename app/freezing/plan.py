@@ -14,7 +14,7 @@ from app.freezing.config import (
     rule_document,
     unmatched_rules,
 )
-from app.freezing.errors import InvalidDocument
+from app.freezing.errors import InvalidDocument, describe_unknown, show_value
 from app.freezing.globs import compile_match
 from app.freezing.graph import ModelGraph, Module
 
@@ -44,14 +44,19 @@ def parse_assumption(document: Any) -> Assumption:
     known = Assumption.__dataclass_fields__
     for key, value in document.items():
         if key not in known:
-            errors.append((f"assume.{key}", f"{key!r} is not known; {', '.join(known)} are."))
+            errors.append((f"assume.{key}", describe_unknown(key, known, "something to assume")))
         elif key in ("optimizer", "precision"):
             choices = tuple(OPTIMIZER_STATE) if key == "optimizer" else PRECISIONS
             if value not in choices:
-                errors.append((f"assume.{key}", f"{value!r} is not one of {', '.join(choices)}."))
+                errors.append(
+                    (f"assume.{key}", f"{show_value(value)} is not one of {', '.join(choices)}.")
+                )
         elif value is not None and (type(value) is not int or not 1 <= value <= 10**6):
             errors.append(
-                (f"assume.{key}", f"{value!r} must be a whole number from 1 to 1,000,000.")
+                (
+                    f"assume.{key}",
+                    f"{show_value(value)} must be a whole number from 1 to 1,000,000.",
+                )
             )
     if errors:
         raise InvalidDocument(errors)

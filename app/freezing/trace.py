@@ -247,8 +247,10 @@ def _trace_nodes(
 ) -> tuple[tuple[Node, ...], int]:
     mode = FakeTensorMode(allow_non_fake_inputs=True) if fake else contextlib.nullcontext()
     with mode, torch.enable_grad():
+        resting: list[torch.Tensor] = [*model.parameters(), *model.buffers()]
         if isinstance(mode, FakeTensorMode):
             example = tree_map_only(torch.Tensor, mode.from_tensor, example)
+            resting = [mode.from_tensor(tensor) for tensor in resting]  # as operations see them
         spans = _Spans(model)
         recorder = _Recorder(model)
         packs = torch.autograd.graph.saved_tensors_hooks(recorder.note_saved, lambda tensor: tensor)
@@ -257,7 +259,8 @@ def _trace_nodes(
             value = _scalar_loss(output, example, loss)
         if value.grad_fn is None:
             raise ValueError("the loss does not depend on any parameter")
-        return _read_nodes(model, value, spans, recorder), recorder.forward_flops
+        nodes = _read_nodes(model, value, spans, recorder, {_storage_key(t) for t in resting})
+        return nodes, recorder.forward_flops
 
 
 def _scalar_loss(output: Any, example: Any, loss: Loss | None) -> torch.Tensor:
@@ -359,10 +362,13 @@ class _Recorder(TorchDispatchMode):
 
 
 def _read_nodes(
-    model: nn.Module, value: torch.Tensor, spans: _Spans, recorder: _Recorder
+    model: nn.Module,
+    value: torch.Tensor,
+    spans: _Spans,
+    recorder: _Recorder,
+    resting: set[int],
 ) -> tuple[Node, ...]:
     names = {id(p): name for name, p in reversed(list(model.named_parameters()))}
-    resting = {_storage_key(t) for t in (*model.parameters(), *model.buffers())}
     owners = spans.owners()
     storages: dict[int, int] = {}
     index: dict[Any, int] = {}

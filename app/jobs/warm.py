@@ -1,0 +1,584 @@
+"""The keeper: a process that has imported torch and forks the workers; it knows no job and no row.
+
+It is the parent of all workers: it waits for them, writes their exit.json, outlives a server that
+dies, is found again by its socket in the data folder, and leaves when it has neither a server nor a
+child. It never runs a torch operation (a fork after one hangs) and never loads user code.
+
+    python -m app.jobs.warm DATA_DIR [--no-preload]
+
+One JSON object a line each way: ``{"verb": "ping"}``, ``{"verb": "start", "folder", "attempt",
+"environment", "python"}``, ``{"verb": "kill", "pid", "signal"}``, ``{"verb": "retire"}``. The
+server's side of it is ``Keeper``; importing this module does not import torch.
+"""
+
+import argparse
+import contextlib
+import fcntl
+import gc
+import importlib
+import json
+import os
+import select
+import selectors
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import traceback
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NoReturn
+
+import app
+from app.jobs import folder as job_folder
+
+# torch._dynamo is what the first optimizer of a process would import, for two seconds.
+PRELOADED = (
+    "torch",
+    "torch._dynamo",
+    "app.freezing.trace",
+    "app.sources.datasets",
+    "app.sources.models",
+    "app.training.loop",
+    "app.jobs.worker",
+)
+MAX_SOCKET_PATH_BYTES = 100
+FIRST_CALL_SECONDS = 5
+LAUNCH_SECONDS = 15
+REOPEN_SECONDS = 1
+ANSWER_SECONDS = 120  # an import of torch on a machine with a cold disk lies in between
+
+# What a worker sees of the server's environment. No token of ours is among it.
+ALLOWED_NAMES = frozenset(
+    (
+        *("PATH", "HOME", "USER", "LOGNAME", "LANG", "LANGUAGE", "TZ", "TMPDIR", "LD_LIBRARY_PATH"),
+        *("SSL_CERT_FILE", "SSL_CERT_DIR", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE"),
+        *("XDG_CACHE_HOME", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "ALL_PROXY"),
+        *("http_proxy", "https_proxy", "no_proxy", "all_proxy"),
+    )
+)
+ALLOWED_PREFIXES = ("LC_", "HF_", "CUDA_", "NVIDIA_", "NCCL_", "OMP_", "MKL_", "TORCH", "PYTORCH_")
+
+
+class KeeperError(RuntimeError):
+    """The keeper could not do what was asked, or is not there."""
+
+
+# What may go wrong on the way to a keeper; a warm.json of a later format is a ValueError.
+_FAULTS = (OSError, ValueError, KeeperError)
+
+
+def allowed_environment(environment: Mapping[str, str]) -> dict[str, str]:
+    """The part of an environment that a worker may see."""
+    return {
+        name: value
+        for name, value in environment.items()
+        if name in ALLOWED_NAMES or name.startswith(ALLOWED_PREFIXES)
+    }
+
+
+def _version() -> list[str]:
+    """What must be equal in the server and in the process that forks its workers."""
+    return [app.__version__, sys.executable]
+
+
+# ── the server's side ────────────────────────────────────────────────────────────────────────────
+
+
+class Keeper:
+    """The server's connection to its keeper; one thread starts and kills, any may ask ``ready``.
+
+    Attributes:
+        trouble: why the last attempt to reach a keeper failed; None while there is one.
+    """
+
+    def __init__(self, data_dir: Path, preload: bool) -> None:
+        self._data_dir = data_dir
+        self._preload = preload
+        self._turn = threading.Lock()
+        self._socket: socket.socket | None = None
+        self._received = b""
+        self._greeting: dict[str, Any] | None = None
+        self._is_closed = False
+        self._reopened_at = 0.0
+        self.trouble: str | None = None
+
+    @classmethod
+    def connect(cls, data_dir: Path, *, preload: bool = True) -> "Keeper":
+        """Find the living keeper of the data folder, or start one; does not wait for its imports.
+
+        Raises:
+            KeeperError: none answers and none can be started.
+        """
+        keeper = cls(data_dir.resolve(), preload)
+        with keeper._turn:
+            try:
+                keeper._open()
+            except _FAULTS as error:
+                keeper._disconnect()
+                raise KeeperError(f"No keeper for {data_dir}: {error}") from error
+        return keeper
+
+    def ready(self) -> bool:
+        """True while a keeper is there and has imported what it preloads.
+
+        Does not wait for imports. Where the keeper has gone it finds or starts another one, at most
+        once in REOPEN_SECONDS.
+        """
+        if not self._turn.acquire(blocking=False):
+            return self._greeting is not None
+        try:
+            if self._socket is None:
+                self._reopen()
+            while self._socket and _can_be_read(self._socket):
+                self._greeting = self._receive()
+        except _FAULTS as error:
+            self.trouble = str(error)
+            self._disconnect()
+        finally:
+            self._turn.release()
+        return self._greeting is not None
+
+    def _reopen(self) -> None:
+        if not self._is_closed and time.monotonic() >= self._reopened_at + REOPEN_SECONDS:
+            self._reopened_at = time.monotonic()
+            self._open()
+
+    def start(
+        self,
+        folder: Path,
+        attempt: int,
+        environment: Mapping[str, str] | None = None,
+        python: str | Path | None = None,
+    ) -> int:
+        """Start the worker of a prepared attempt, in a process group of its own.
+
+        Args:
+            environment: variables to set beside the allowed ones.
+            python: an interpreter to run it in; None forks the keeper.
+
+        Returns:
+            The worker's pid.
+
+        Raises:
+            KeeperError: it was not started, unless the attempt's lock says otherwise.
+        """
+        request = {
+            "verb": "start",
+            "folder": str(folder.resolve()),
+            "attempt": attempt,
+            "environment": allowed_environment(os.environ) | dict(environment or {}),
+            "python": None if python is None else str(python),
+        }
+        return int(self._call(request)["pid"])
+
+    def kill(self, pid: int, number: int) -> None:
+        """Send a signal to a worker's whole process group.
+
+        Raises:
+            KeeperError: it is not a living child of this keeper.
+        """
+        self._call({"verb": "kill", "pid": pid, "signal": int(number)})
+
+    def close(self) -> None:
+        """Hang up; the keeper leaves when its last child has ended."""
+        with self._turn:
+            self._is_closed = True
+            self._disconnect()
+
+    def _call(self, request: Mapping[str, Any]) -> dict[str, Any]:
+        with self._turn:
+            try:
+                if self._socket is None:
+                    self._open()
+                while self._greeting is None:
+                    self._greeting = self._receive()
+                self._send(request)
+                answer = self._receive()
+            except _FAULTS as error:
+                self._disconnect()
+                message = f"The keeper did not answer {request['verb']}: {error}"
+                raise KeeperError(message) from error
+        if "error" in answer:
+            raise KeeperError(answer["error"])
+        return answer
+
+    def _open(self) -> None:
+        if self._is_closed:
+            raise KeeperError("this connection to the keeper has been closed")
+        if not self._reach():
+            self._launch()
+            if not self._reach():
+                log = self._data_dir / "warm.log"
+                last_words = log.read_text(errors="replace")[-2000:] if log.exists() else ""
+                raise KeeperError(
+                    f"No keeper could be started for {self._data_dir}. {log} says: {last_words}"
+                )
+        self._send({"verb": "ping"})
+        self.trouble = None
+
+    def _reach(self) -> bool:
+        """Connect to the keeper that warm.json names, if it lives and is of our version."""
+        known = job_folder.read_document(self._data_dir / "warm.json")
+        if known is None:
+            return False
+        line = socket.socket(socket.AF_UNIX)
+        line.settimeout(ANSWER_SECONDS)
+        try:
+            line.connect(known["address"])
+        except OSError as error:
+            line.close()
+            if isinstance(error, FileNotFoundError | ConnectionRefusedError):
+                return False
+            raise
+        self._socket, self._received, self._greeting = line, b"", None
+        if known["version"] == _version():
+            return True
+        self._send({"verb": "retire"})  # it finishes its children; a new one takes its place
+        self._receive()
+        self._disconnect()
+        return False
+
+    def _launch(self) -> None:
+        command = [sys.executable, "-P", "-m", "app.jobs.warm", str(self._data_dir), "--detach"]
+        if not self._preload:
+            command.append("--no-preload")
+        environment = allowed_environment(os.environ)
+        environment["PYTHONPATH"] = str(Path(app.__file__).parents[1])
+        self._data_dir.mkdir(parents=True, exist_ok=True)
+        with (self._data_dir / "warm.log").open("wb") as log:
+            try:
+                subprocess.run(  # noqa: S603 (our own interpreter, our own module)
+                    command,
+                    env=environment,
+                    start_new_session=True,
+                    stdin=subprocess.DEVNULL,
+                    stdout=subprocess.PIPE,  # closed by it as soon as it listens
+                    stderr=log,
+                    timeout=LAUNCH_SECONDS,
+                    check=False,
+                )
+            except subprocess.TimeoutExpired:
+                raise KeeperError(
+                    f"A process holds {self._data_dir / 'warm.lock'} but does not listen; end it"
+                    " and try again."
+                ) from None
+
+    def _send(self, request: Mapping[str, Any]) -> None:
+        assert self._socket is not None
+        self._socket.sendall(json.dumps(request).encode() + b"\n")
+
+    def _receive(self) -> dict[str, Any]:
+        assert self._socket is not None
+        while b"\n" not in self._received:
+            data = self._socket.recv(65536)
+            if not data:
+                raise KeeperError("it has hung up")
+            self._received += data
+        line, _, self._received = self._received.partition(b"\n")
+        answer: dict[str, Any] = json.loads(line)
+        return answer
+
+    def _disconnect(self) -> None:
+        if self._socket is not None:
+            self._socket.close()
+        self._socket = self._greeting = None
+
+
+# ── the process ──────────────────────────────────────────────────────────────────────────────────
+
+
+class KeeperProcess:
+    """One thread around one selector: requests come in, ended children are waited for."""
+
+    def __init__(self, data_dir: Path) -> None:
+        self._data_dir = data_dir
+        self._children: dict[int, Path] = {}
+        self._connections: dict[socket.socket, bytes] = {}
+        self._preloaded = False
+        self._has_been_called = False
+        self._lock = os.open(data_dir / "warm.lock", os.O_RDWR | os.O_CREAT, 0o600)
+        fcntl.flock(self._lock, fcntl.LOCK_EX)  # waits for one that is about to leave
+        self._address = _choose_address(data_dir)
+        self._listener: socket.socket | None = _listen(self._address)
+        job_folder.write_document(
+            data_dir / "warm.json",
+            {"address": str(self._address), "pid": os.getpid(), "version": _version()},
+        )
+        # A child that ends wakes the selector through this pair.
+        self._bell, self._bell_rope = socket.socketpair()
+        self._bell.setblocking(False)
+        self._bell_rope.setblocking(False)
+        signal.signal(signal.SIGCHLD, lambda *_: None)
+        signal.set_wakeup_fd(self._bell_rope.fileno(), warn_on_full_buffer=False)
+        self._selector = selectors.DefaultSelector()
+        self._selector.register(self._listener, selectors.EVENT_READ, self._accept)
+        self._selector.register(self._bell, selectors.EVENT_READ, self._hear_bell)
+
+    def preload(self) -> None:
+        """Import what workers need; what fails here fails again, and is told, in the worker."""
+        try:
+            for name in PRELOADED:
+                importlib.import_module(name)
+            self._preloaded = True
+        except Exception:  # a broken torch raises anything
+            traceback.print_exc()
+        gc.collect()
+        gc.freeze()  # the collector of a child leaves these pages shared
+
+    def serve(self) -> None:
+        """Answer and wait, until there is neither a server nor a child."""
+        while self._has_reason_to_stay():
+            patience = None if self._has_been_called else FIRST_CALL_SECONDS
+            events = self._selector.select(patience)
+            if not events:
+                break
+            for key, _ in events:
+                key.data(key.fileobj)
+        self._hang_up()
+
+    def _has_reason_to_stay(self) -> bool:
+        if self._children or self._connections or not self._has_been_called:
+            return True
+        # Somebody may have connected since the last look.
+        return self._listener is not None and _can_be_read(self._listener)
+
+    def _accept(self, listener: socket.socket) -> None:
+        connection, _ = listener.accept()
+        connection.setblocking(False)
+        self._connections[connection] = b""
+        self._has_been_called = True
+        self._selector.register(connection, selectors.EVENT_READ, self._read)
+
+    def _read(self, connection: socket.socket) -> None:
+        try:
+            data = connection.recv(65536)
+        except BlockingIOError:
+            return
+        except OSError:
+            data = b""
+        *lines, rest = (self._connections[connection] + data).split(b"\n")
+        self._connections[connection] = rest
+        try:
+            for line in lines:
+                connection.sendall(json.dumps(self._answer(line)).encode() + b"\n")
+        except OSError:  # gone, or it asks and never listens
+            data = b""
+        if not data:
+            self._drop(connection)
+
+    def _drop(self, connection: socket.socket) -> None:
+        self._selector.unregister(connection)
+        del self._connections[connection]
+        connection.close()
+
+    def _answer(self, line: bytes) -> dict[str, Any]:
+        verbs: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
+            "ping": self._ping,
+            "start": self._start,
+            "kill": self._kill,
+            "retire": self._retire,
+        }
+        try:
+            request = json.loads(line)
+            return verbs[request["verb"]](request)
+        except (ValueError, KeyError, TypeError, OSError) as error:
+            traceback.print_exc()
+            return {"error": f"{type(error).__name__}: {error}"}
+
+    def _ping(self, _request: dict[str, Any]) -> dict[str, Any]:
+        return {"ready": True, "pid": os.getpid(), "preloaded": self._preloaded}
+
+    def _kill(self, request: dict[str, Any]) -> dict[str, Any]:
+        pid = request["pid"]
+        if pid not in self._children:
+            return {"error": f"{pid} is not a living child of the keeper {os.getpid()}."}
+        number = signal.Signals(request["signal"])
+        try:
+            os.killpg(pid, number)
+        except ProcessLookupError:  # so young that it has no group of its own yet
+            os.kill(pid, number)
+        return {"pid": pid}
+
+    def _retire(self, _request: dict[str, Any]) -> dict[str, Any]:
+        """Make room for a keeper of another version; children go on and are waited for."""
+        self._hang_up()
+        return {"pid": os.getpid()}
+
+    def _start(self, request: dict[str, Any]) -> dict[str, Any]:
+        if self._listener is None:
+            return {"error": f"The keeper {os.getpid()} has been replaced."}
+        folder, number = Path(request["folder"]), int(request["attempt"])
+        directory = folder / "attempts" / str(number)
+        if not (directory / "attempt.json").exists():
+            return {"error": f"{directory} has not been prepared."}
+        if directory in self._children.values() or job_folder.is_started(directory):
+            return {"error": f"{directory} has been started before; prepare another one."}
+        pid = os.fork()
+        if pid == 0:
+            self._become_worker(folder, number, request["environment"], request["python"])
+        self._children[pid] = directory
+        return {"pid": pid}
+
+    def _become_worker(
+        self, folder: Path, attempt: int, environment: dict[str, str], python: str | None
+    ) -> NoReturn:
+        """Never returns: a copy of the keeper's loop must not run in a child."""
+        status = 1
+        try:
+            os.setsid()
+            self._forget()
+            directory = folder / "attempts" / str(attempt)
+            _open_as(0, os.devnull, os.O_RDONLY)
+            for descriptor in (1, 2):
+                _open_as(descriptor, directory / "log.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+            os.chdir(folder)  # what user code drops into its working folder goes with the job
+            os.environ.clear()
+            os.environ.update(environment)
+            if python is not None:
+                self._execute(python, folder, attempt, directory)
+            # By name, like all that is preloaded: the server, which imports this file for Keeper,
+            # does not depend on what workers import.
+            worker = importlib.import_module("app.jobs.worker")
+            sys.argv = [str(worker.__file__), str(folder), "--attempt", str(attempt)]
+            status = worker.main(folder, attempt)
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(status)
+
+    def _execute(self, python: str, folder: Path, attempt: int, directory: Path) -> None:
+        """Run the worker in another interpreter, which finds our code and nothing else of ours."""
+        inherited = os.environ.get("PYTHONPATH")
+        path = [str(_code_folder(self._data_dir)), *([inherited] if inherited else [])]
+        os.environ["PYTHONPATH"] = os.pathsep.join(path)
+        command = [python, "-P", "-m", "app.jobs.worker", str(folder), "--attempt", str(attempt)]
+        try:
+            os.execvpe(python, command, os.environ)  # noqa: S606 (an argument list, no shell)
+        except OSError as error:
+            message = f"The worker's Python, {python}, cannot be started: {error.strerror}."
+            job_folder.write_result(directory, "failed", 0, reason="import_error", message=message)
+            raise
+
+    def _forget(self) -> None:
+        """Let go, in a child, of everything that is the keeper's."""
+        signal.set_wakeup_fd(-1)
+        for number in (signal.SIGCHLD, signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, signal.SIG_DFL)
+        self._selector.close()
+        self._bell.close()
+        self._bell_rope.close()
+        for connection in self._connections:
+            connection.close()
+        if self._listener is not None:
+            self._listener.close()
+            os.close(self._lock)  # closing leaves it to the parent; unlocking would not
+
+    def _hear_bell(self, bell: socket.socket) -> None:
+        with contextlib.suppress(BlockingIOError):
+            while bell.recv(4096):
+                pass
+        for pid in list(self._children):
+            # WNOWAIT: as long as it has not been waited for, its pid, and with it the number of
+            # its process group, cannot be given to a stranger.
+            if os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT):
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(pid, signal.SIGKILL)
+                _, status = os.waitpid(pid, 0)
+                self._write_exit(pid, self._children.pop(pid), os.waitstatus_to_exitcode(status))
+
+    def _write_exit(self, pid: int, directory: Path, status: int) -> None:
+        try:
+            holder = job_folder.read_holder(directory)
+            if holder is not None and holder.pid != pid:
+                return  # it found the attempt taken: the end of the other one is what counts
+            job_folder.write_exit(
+                directory,
+                code=status if status >= 0 else None,
+                signal_number=-status if status < 0 else None,
+            )
+        except OSError:  # a deleted job or a full disk; the lock that is free tells the rest
+            traceback.print_exc()
+
+    def _hang_up(self) -> None:
+        """Stop listening, so that another keeper may take this one's place."""
+        if self._listener is None:
+            return
+        self._selector.unregister(self._listener)
+        self._listener.close()
+        self._listener = None
+        (self._data_dir / "warm.json").unlink(missing_ok=True)
+        self._address.unlink(missing_ok=True)
+        if self._address.parent != self._data_dir:
+            shutil.rmtree(self._address.parent)
+        os.close(self._lock)
+
+
+def _can_be_read(stream: socket.socket) -> bool:
+    """Whether something, or its end, has arrived. (select() fails in a server with 1,024 files.)"""
+    poll = select.poll()
+    poll.register(stream, select.POLLIN)
+    return bool(poll.poll(0))
+
+
+def _choose_address(data_dir: Path) -> Path:
+    """The socket's path; the kernel takes none of more than 107 bytes."""
+    address = data_dir / "warm.sock"
+    if len(os.fsencode(address)) <= MAX_SOCKET_PATH_BYTES:
+        return address
+    return Path(tempfile.mkdtemp(prefix="frostline-")) / "warm.sock"  # 0700
+
+
+def _listen(address: Path) -> socket.socket:
+    address.unlink(missing_ok=True)  # left behind by one that was killed: we hold the lock
+    listener = socket.socket(socket.AF_UNIX)
+    mask = os.umask(0o177)
+    try:
+        listener.bind(str(address))
+    finally:
+        os.umask(mask)
+    listener.listen(64)
+    return listener
+
+
+def _code_folder(data_dir: Path) -> Path:
+    """A folder to import ``app`` from, and nothing else: beside it may lie a site-packages."""
+    folder = data_dir / "code"
+    folder.mkdir(exist_ok=True)
+    link, target = folder / "app", Path(app.__file__).parent
+    if not link.is_symlink() or link.readlink() != target:
+        draft = folder / f".app.{os.getpid()}"
+        draft.symlink_to(target)
+        draft.replace(link)
+    return folder
+
+
+def _open_as(descriptor: int, path: str | Path, flags: int) -> None:
+    opened = os.open(path, flags, 0o644)
+    os.dup2(opened, descriptor)
+    os.close(opened)
+
+
+def main() -> None:
+    """Run a keeper until it is not needed any more."""
+    parser = argparse.ArgumentParser(prog="python -m app.jobs.warm")
+    parser.add_argument("data_dir", type=Path)
+    parser.add_argument("--no-preload", action="store_true", help="do not import torch")
+    parser.add_argument("--detach", action="store_true", help="go on in the background")
+    arguments = parser.parse_args()
+    if arguments.detach and os.fork():
+        os._exit(0)
+    keeper = KeeperProcess(arguments.data_dir.resolve())
+    if arguments.detach:
+        _open_as(1, os.devnull, os.O_WRONLY)  # who waits for the end of our output may connect now
+    if not arguments.no_preload:
+        keeper.preload()
+    keeper.serve()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,208 @@
+"""Builds training and evaluation sets from their spec. Knows no model and no batches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import IterableDataset, Subset, TensorDataset
+
+from app.sources.demo.digits import Images, shift, split_digits
+from app.sources.demo.networks import input_shape
+from app.sources.demo.planes import TRAIN_SIZE, draw_divided
+from app.sources.spec import SET_NAME_WORDS, DatasetSpec, is_set_name, split_uri
+from app.sources.user_code import (
+    call_factory,
+    check_answer_keys,
+    name_type,
+    refuse_answer,
+    run_user_code,
+)
+
+DEFAULT_EVAL_FRACTION = 0.1
+
+
+@dataclass(frozen=True)
+class Data:
+    """What a job trains on and is judged by; every set is map-style and not empty.
+
+    Attributes:
+        evals: evaluation sets by name, which stands in ``eval/NAME/loss``; may be empty.
+        collate: items → batch; None is torch's default.
+        seed_items: whether items may be random, so that each needs a seed of its own.
+        num_workers: processes that load batches.
+    """
+
+    train: Any
+    evals: dict[str, Any] = field(default_factory=dict)
+    collate: Callable[[list[Any]], Any] | None = None
+    seed_items: bool = True
+    num_workers: int = 0
+
+
+def build_data(spec: DatasetSpec, *, code_dirs: Sequence[Path], seed: int) -> Data:
+    """Build the sets that `spec` names.
+
+    Args:
+        spec: what `parse_dataset_spec` let through.
+        code_dirs: folders in which the modules of ``python:`` URIs lie.
+        seed: decides which examples `eval_fraction` holds out.
+
+    Raises:
+        InvalidDocument: a set is empty, cannot be indexed, or has items that are neither
+            (input, target) pairs nor dicts.
+        UserCodeError: a user's factory, or reading its first item, raised.
+    """
+    data = _load_uri(spec.uri, spec.kwargs, code_dirs)
+    if data.train is None:
+        raise refuse_answer(f"{spec.uri} returned no 'train'; it needs a dataset to train on.")
+    data = replace(_hold_out(data, spec, seed), num_workers=spec.num_workers)
+    for name, uri in spec.eval.items():
+        other = _load_uri(uri, {}, code_dirs)
+        if other.collate not in (None, data.collate):
+            raise refuse_answer(
+                f"{uri} brings a 'collate' that {spec.uri} does not have; all sets share one."
+            )
+        data.evals[name] = _only_set(other, uri)
+        data = replace(data, seed_items=data.seed_items or other.seed_items)
+    return data
+
+
+def _load_uri(uri: str, kwargs: Mapping[str, Any], code_dirs: Sequence[Path]) -> Data:
+    """Every set behind one URI; `train` is None where a ``python:`` factory gives only `eval`."""
+    scheme, rest = split_uri(uri)
+    if scheme == "demo":
+        return _load_demo(rest)
+    assert scheme == "python", f"parse_dataset_spec let {uri!r} through"
+    return _read_answer(call_factory(rest, kwargs, code_dirs=code_dirs), uri)
+
+
+def _only_set(data: Data, uri: str) -> Any:
+    """What a URI means as one evaluation set: its `eval`, or its only one, or all it has."""
+    if "eval" in data.evals:
+        return data.evals["eval"]
+    if len(data.evals) > 1:
+        names = ", ".join(data.evals)
+        raise refuse_answer(f"{uri} has several evaluation sets ({names}) and none named 'eval'.")
+    return next(iter(data.evals.values()), data.train)
+
+
+def _hold_out(data: Data, spec: DatasetSpec, seed: int) -> Data:
+    """Split off evaluation examples where the dataset brings none."""
+    asked = spec.eval_fraction is not None
+    if data.evals:
+        if asked:
+            raise refuse_answer(
+                f"{spec.uri} brings its own evaluation sets; leave 'eval_fraction' out.",
+                "dataset.eval_fraction",
+            )
+        return data
+    fraction = spec.eval_fraction if asked else 0 if spec.eval else DEFAULT_EVAL_FRACTION
+    if not fraction:
+        return data
+    size = len(data.train)
+    held_out = max(1, round(size * fraction))
+    if held_out >= size:
+        raise refuse_answer(
+            f"{spec.uri} has {size} training example(s), too few to hold out {held_out}; "
+            "give 'eval', or 'eval_fraction': 0 for none.",
+            "dataset.eval_fraction",
+        )
+    order = np.random.default_rng(seed).permutation(size)
+    # Sorted, so that a dataset that reads from disk is read in its own order.
+    evaluated, trained = sorted(order[:held_out].tolist()), sorted(order[held_out:].tolist())
+    return replace(
+        data, train=Subset(data.train, trained), evals={"eval": Subset(data.train, evaluated)}
+    )
+
+
+# ------------------------------------------------------------------------------------ demo: data
+
+
+def _load_demo(name: str) -> Data:
+    if not name.startswith("digits"):
+        inputs, labels = map(torch.from_numpy, draw_divided(input_shape(name), _PLANE_SEEDS[name]))
+        return Data(
+            train=TensorDataset(inputs[:TRAIN_SIZE], labels[:TRAIN_SIZE]),
+            evals={"eval": TensorDataset(inputs[TRAIN_SIZE:], labels[TRAIN_SIZE:])},
+            seed_items=False,
+        )
+    split = split_digits()
+    if name == "digits":
+        train = split.labelled
+        evals = {
+            "eval": split.held_out,
+            "known": split.held_out.only(range(5)),
+            "new": split.held_out.only(range(5, 10)),
+        }
+    else:
+        train = shift(split.labelled, seed=0)
+        evals = {"eval": shift(split.held_out, seed=9), "before": split.held_out}
+    sets = {key: _as_dataset(images) for key, images in evals.items()}
+    return Data(_as_dataset(train), sets, seed_items=False)
+
+
+_PLANE_SEEDS = {"three-layers": 1, "simple-model": 2, "multi-layer-model": 3}
+
+
+def _as_dataset(images: Images) -> TensorDataset:
+    return TensorDataset(torch.from_numpy(images.pixels), torch.from_numpy(images.labels))
+
+
+# --------------------------------------------------------------------------------- python: data
+
+_ANSWER_KEYS = ("train", "eval", "collate")
+
+
+def _read_answer(answer: object, uri: str) -> Data:
+    """Check what a factory returned: a mapping of train, eval (one set or several), collate."""
+    if not isinstance(answer, Mapping):
+        raise refuse_answer(
+            f"{uri} returned {name_type(answer)}; it must return a mapping with 'train' "
+            "and optionally 'eval' and 'collate'."
+        )
+    check_answer_keys(answer, _ANSWER_KEYS, uri)
+    train, evals, collate = (answer.get(key) for key in _ANSWER_KEYS)
+    if not (collate is None or callable(collate)):
+        raise refuse_answer(f"'collate' of {uri} is {name_type(collate)}; it must be a function.")
+    if evals is None:
+        evals = {}
+    elif not isinstance(evals, Mapping):
+        evals = {"eval": evals}
+    for name in evals:
+        if not is_set_name(name):
+            raise refuse_answer(f"{name!r} in 'eval' of {uri} is no name: {SET_NAME_WORDS}.")
+    if train is None and not evals:
+        raise refuse_answer(f"{uri} returned a mapping with neither 'train' nor 'eval'.")
+    if train is not None:
+        _check_dataset(train, f"'train' of {uri}")
+    for name, dataset in evals.items():
+        _check_dataset(dataset, f"{name!r} in 'eval' of {uri}")
+    return Data(train, dict(evals), collate)
+
+
+def _check_dataset(dataset: Any, what: str) -> None:
+    """Refuse a dataset that is not map-style, is empty, or has items that no loss could use."""
+    if (
+        isinstance(dataset, Mapping | IterableDataset | str | bytes)
+        or not hasattr(dataset, "__getitem__")
+        or not hasattr(dataset, "__len__")
+    ):
+        raise refuse_answer(
+            f"{what} is {name_type(dataset)}; it must be a map-style dataset, with __len__ and "
+            "__getitem__."
+        )
+    if run_user_code(lambda: len(dataset), f"The length of {what}") == 0:
+        raise refuse_answer(f"{what} is empty; it must have at least one item.")
+    item = run_user_code(lambda: dataset[0], f"The first item of {what}")
+    is_pair = isinstance(item, tuple | list) and len(item) == 2
+    if not (is_pair or isinstance(item, Mapping)):
+        size = f" and length {len(item)}" if isinstance(item, tuple | list) else ""
+        raise refuse_answer(
+            f"The first item of {what} is {name_type(item)}{size}; items must be (input, target) "
+            "pairs or dicts."
+        )

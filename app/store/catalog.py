@@ -1,0 +1,84 @@
+"""The catalogue: models, saved freeze configs, tasks and logins."""
+
+from collections.abc import Sequence
+from typing import TypeVar
+
+from sqlmodel import Session, col, delete, func, select
+
+from app.store.tables import FreezeConfigRow, Job, Login, Model, Task, utc_now
+
+Row = TypeVar("Row", Model, FreezeConfigRow)
+
+
+def list_newest(
+    session: Session, table: type[Row], limit: int, before: int | None = None
+) -> Sequence[Row]:
+    """Rows of a table, newest first; with `before`, those with a smaller id."""
+    query = select(table).order_by(col(table.id).desc()).limit(limit)
+    return session.exec(query if before is None else query.where(col(table.id) < before)).all()
+
+
+def list_configs(
+    session: Session, model_id: int, limit: int, before: int | None = None
+) -> Sequence[FreezeConfigRow]:
+    """A model's saved configs, newest first."""
+    query = select(FreezeConfigRow).where(FreezeConfigRow.model_id == model_id)
+    if before is not None:
+        query = query.where(col(FreezeConfigRow.id) < before)
+    return session.exec(query.order_by(col(FreezeConfigRow.id).desc()).limit(limit)).all()
+
+
+def task_of_model(session: Session, model_id: int) -> Task | None:
+    """The inspection of a model."""
+    query = select(Task).where(Task.model_id == model_id).order_by(col(Task.id).desc())
+    return session.exec(query).first()
+
+
+def tasks_in(session: Session, *states: str) -> Sequence[Task]:
+    """Tasks in these states, oldest first."""
+    query = select(Task).where(col(Task.state).in_(states))
+    return session.exec(query.order_by(col(Task.id))).all()
+
+
+def end_task(
+    session: Session, task: Task, state: str, reason: str | None = None, message: str | None = None
+) -> None:
+    """Record how a task ended; a failed inspection is its model's failure too."""
+    task.state, task.error_reason, task.error_message = state, reason, message
+    task.ended_at, task.pid = utc_now(), None
+    session.add(task)
+    model = session.get(Model, task.model_id) if task.model_id is not None else None
+    if model is not None and state != "succeeded":
+        model.state, model.error_reason, model.error_message = "failed", reason, message
+        session.add(model)
+    session.flush()
+
+
+def count_jobs_of_model(session: Session, model_id: int) -> int:
+    return session.exec(select(func.count()).select_from(Job).where(Job.model_id == model_id)).one()
+
+
+def delete_model(session: Session, model: Model) -> None:
+    """Remove a model and its saved configs."""
+    session.exec(delete(FreezeConfigRow).where(col(FreezeConfigRow.model_id) == model.id))
+    session.delete(model)
+    session.flush()
+
+
+def add_login(session: Session, digest: str, kind: str, expires_at: str) -> None:
+    """Keep the digest of a link or a session; forget those that have expired."""
+    session.exec(delete(Login).where(col(Login.expires_at) < utc_now()))
+    session.add(Login(digest=digest, kind=kind, expires_at=expires_at))
+
+
+def has_login(session: Session, digest: str, kind: str) -> bool:
+    login = session.get(Login, digest)
+    return login is not None and login.kind == kind and login.expires_at >= utc_now()
+
+
+def spend_login(session: Session, digest: str, kind: str) -> bool:
+    """Remove a link or a session; whether it was good until now."""
+    was_good = has_login(session, digest, kind)
+    if was_good:
+        session.delete(session.get_one(Login, digest))
+    return was_good

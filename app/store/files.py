@@ -1,0 +1,49 @@
+"""Where things lie in the data folder beside the database, and how they are removed."""
+
+import contextlib
+import shutil
+import uuid
+from pathlib import Path
+
+
+def job_folder(data_dir: Path, job_id: int) -> Path:
+    return data_dir / "jobs" / str(job_id)
+
+
+def task_folder(data_dir: Path, task_id: int) -> Path:
+    return data_dir / "tasks" / str(task_id)
+
+
+def graph_path(data_dir: Path, model_id: int) -> Path:
+    return data_dir / "graphs" / f"{model_id}.json"
+
+
+def read_logs(folder: Path, after: int = 0, limit: int = 2**24) -> bytes:
+    """The logs of all attempts, one behind the other, from byte `after` on, `limit` at most."""
+    pieces: list[bytes] = []
+    for log in _logs(folder):
+        with log.open("rb") as file:
+            size = file.seek(0, 2)
+            if after < size and limit > 0:
+                file.seek(after)
+                pieces.append(file.read(limit))
+                limit -= len(pieces[-1])
+            after = max(0, after - size)
+    return b"".join(pieces)
+
+
+def log_size(folder: Path) -> int:
+    """Bytes in the logs of all attempts."""
+    return sum(log.stat().st_size for log in _logs(folder))
+
+
+def _logs(folder: Path) -> list[Path]:
+    return sorted(folder.glob("attempts/[0-9]*/log.txt"), key=lambda log: int(log.parent.name))
+
+
+def remove_folder(path: Path) -> None:
+    """Remove a folder that may be gone; by a rename first, so that no half of it is ever seen."""
+    doomed = path.with_name(f".removed-{uuid.uuid4().hex}")
+    with contextlib.suppress(FileNotFoundError):
+        path.rename(doomed)
+        shutil.rmtree(doomed)

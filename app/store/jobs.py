@@ -1,0 +1,181 @@
+"""Jobs: their rows, every transition they may make, and the one statement that makes it."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from sqlalchemy import text, update
+from sqlalchemy.orm import defer
+from sqlmodel import Session, col, delete, select
+
+from app.store.tables import Attempt, Job, Layer, LayerStat, Metric, Proof, utc_now
+
+TRANSITIONS: Mapping[str, frozenset[str]] = {
+    "queued": frozenset({"starting", "stopped"}),
+    "starting": frozenset({"running", "stopping", "failed", "interrupted"}),
+    "running": frozenset({"paused", "stopping", "succeeded", "failed", "interrupted"}),
+    "paused": frozenset({"running", "queued", "stopping", "failed", "interrupted"}),
+    "stopping": frozenset({"stopped", "succeeded", "failed", "interrupted"}),
+    "stopped": frozenset({"queued"}),
+    "failed": frozenset({"queued"}),
+    "interrupted": frozenset({"queued"}),
+    "succeeded": frozenset({"queued"}),
+}
+# The config lists every name of the model: lists and streams of jobs leave it where it is.
+_WITHOUT_CONFIG = defer(Job.config)  # type: ignore[arg-type]
+ENDED = frozenset({"stopped", "failed", "interrupted", "succeeded"})
+
+
+def next_version(session: Session) -> int:
+    """A number larger than any job's version so far, also of jobs deleted since."""
+    statement = text("UPDATE revision SET value = value + 1 RETURNING value")
+    return int(session.connection().execute(statement).scalar_one())
+
+
+def last_version(session: Session) -> int:
+    return int(session.connection().execute(text("SELECT value FROM revision")).scalar_one())
+
+
+def add_job(session: Session, **fields: Any) -> Job:
+    job = Job(version=next_version(session), **fields)
+    session.add(job)
+    session.flush()
+    return job
+
+
+def update_job(session: Session, job: Job, **changes: Any) -> None:
+    """Change columns other than the state, as one more version of the row."""
+    assert "state" not in changes, "a state changes through move_job"
+    for name, value in changes.items():
+        setattr(job, name, value)
+    job.version = next_version(session)
+    session.flush()
+
+
+def move_job(session: Session, job: Job, state: str, **changes: Any) -> bool:
+    """Make one transition if the row is still as `job` has it; whether it was made."""
+    sources = [source for source, targets in TRANSITIONS.items() if state in targets]
+    if state in ENDED:
+        changes.setdefault("ended_at", utc_now())
+    statement = (
+        update(Job)
+        .where(col(Job.id) == job.id, col(Job.version) == job.version, col(Job.state).in_(sources))
+        .values(state=state, version=next_version(session), **changes)
+        .execution_options(synchronize_session=False)
+    )
+    moved = session.connection().execute(statement).rowcount == 1
+    session.refresh(job)
+    return moved
+
+
+def list_jobs(session: Session, limit: int, before: int | None = None) -> Sequence[Job]:
+    query = select(Job).options(_WITHOUT_CONFIG).order_by(col(Job.id).desc()).limit(limit)
+    return session.exec(query if before is None else query.where(col(Job.id) < before)).all()
+
+
+def jobs_changed_since(session: Session, version: int, limit: int = 100) -> Sequence[Job]:
+    query = select(Job).options(_WITHOUT_CONFIG).where(Job.version > version)
+    return session.exec(query.order_by(col(Job.version)).limit(limit)).all()
+
+
+def queued_jobs(session: Session) -> Sequence[Job]:
+    """Jobs that wait, longest wait first."""
+    query = select(Job).where(Job.state == "queued").order_by(col(Job.queued_at), col(Job.id))
+    return session.exec(query).all()
+
+
+def live_attempts(session: Session) -> Sequence[tuple[Job, Attempt]]:
+    """Attempts that have not ended, each with its job."""
+    query = select(Job, Attempt).options(_WITHOUT_CONFIG)
+    query = query.join(Attempt, col(Attempt.job_id) == Job.id)
+    return session.exec(query.where(col(Attempt.ended_at).is_(None))).all()
+
+
+def living_attempt(session: Session, job: Job) -> Attempt | None:
+    attempt = session.get(Attempt, (job.id, job.attempt))
+    return attempt if attempt is not None and attempt.ended_at is None else None
+
+
+def resume_step(session: Session, job: Job) -> int:
+    """The checkpoint that the newest attempt went on from; -1 for a fresh start."""
+    attempt = session.get(Attempt, (job.id, job.attempt))
+    return -1 if attempt is None or attempt.resume_step is None else attempt.resume_step
+
+
+def count_by_state(session: Session) -> dict[str, int]:
+    rows = session.connection().execute(text("SELECT state, count(*) FROM job GROUP BY state"))
+    return dict(rows.all())
+
+
+def start_attempt(
+    session: Session, job: Job, device: str, resume_step: int | None
+) -> Attempt | None:
+    """Claim a queued job; None where somebody was quicker."""
+    number = job.attempt + 1
+    if not move_job(session, job, "starting", attempt=number, wish="running", ended_at=None):
+        return None
+    assert job.id is not None
+    attempt = Attempt(job_id=job.id, number=number, device=device, resume_step=resume_step)
+    session.add(attempt)
+    session.flush()
+    return attempt
+
+
+def wish_for(session: Session, job: Job, wish: str) -> None:
+    """Note what the user wants of the living attempt; each wish has a number of its own."""
+    update_job(session, job, wish=wish, wish_seq=job.wish_seq + 1)
+
+
+def queue_job(session: Session, job: Job, **changes: Any) -> bool:
+    return move_job(
+        session, job, "queued", queued_at=utc_now(), wish="running", ended_at=None,
+        error_reason=None, error_message=None, **changes,
+    )  # fmt: skip
+
+
+def end_attempt(
+    session: Session,
+    job: Job,
+    attempt: Attempt,
+    outcome: str,
+    *,
+    reason: str | None = None,
+    message: str | None = None,
+) -> None:
+    """Record how an attempt ended and bring its job to the state that follows from it.
+
+    Args:
+        outcome: ``succeeded``, ``stopped``, ``released``, ``failed`` or ``interrupted``.
+        reason, message: what to show as the job's error.
+    """
+    attempt.ended_at = utc_now()
+    attempt.outcome = outcome
+    session.add(attempt)
+    session.flush()
+    state = "paused" if outcome == "released" else outcome
+    if job.state == "stopping" and state == "paused":
+        state = "stopped"  # a stop that came while the release was under way
+    if state == job.state:
+        return
+    if state not in TRANSITIONS[job.state]:
+        # Its last records say so only now: it ran, or it was stopped from outside.
+        move_job(session, job, "stopping" if state == "stopped" else "running")
+    moved = move_job(session, job, state, error_reason=reason, error_message=message)
+    assert moved, f"no way from {job.state} to {state}"
+
+
+def delete_job(session: Session, job: Job) -> None:
+    """Remove a job's rows and give the space back to the file system."""
+    for table in (LayerStat, Layer, Metric, Proof, Attempt):
+        session.exec(delete(table).where(col(table.job_id) == job.id))
+    session.delete(job)
+    session.flush()
+
+
+def give_space_back(session: Session) -> None:
+    """Return the free pages of the file to the file system."""
+    connection = session.connection().connection.driver_connection
+    assert connection is not None
+    (free,) = connection.execute("PRAGMA freelist_count").fetchone()
+    for _ in range(free):
+        # Python's sqlite3 takes one step of a statement without columns, which is one page here.
+        connection.execute("PRAGMA incremental_vacuum")

@@ -1,0 +1,203 @@
+"""Tables: one class a table, columns only. What the rows mean to each other is said elsewhere."""
+
+from datetime import UTC, datetime
+from typing import Any
+
+from sqlalchemy import JSON, Column, Index, Integer
+from sqlmodel import Field, SQLModel
+
+
+def utc_now() -> str:
+    """Now as ISO 8601 in UTC with milliseconds; texts of this form sort by time."""
+    return datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
+# AUTOINCREMENT: an id names a folder and a place in a stream, so a deleted one never comes back.
+_NEVER_REUSED = {"sqlite_autoincrement": True}
+
+
+class Model(SQLModel, table=True):
+    """A model by its spec, and what its inspection found out."""
+
+    __tablename__ = "model"
+    __table_args__ = _NEVER_REUSED
+
+    id: int | None = Field(default=None, primary_key=True)
+    spec: dict[str, Any] = Field(sa_column=Column(JSON, nullable=False))
+    state: str = "inspecting"
+    error_reason: str | None = None
+    error_message: str | None = None
+    parameter_count: int | None = None
+    tensor_count: int | None = None
+    module_count: int | None = None
+    fingerprint: str | None = None
+    created_at: str = Field(default_factory=utc_now)
+
+
+class FreezeConfigRow(SQLModel, table=True):
+    """A saved freeze config of one model, expanded on it."""
+
+    __tablename__ = "freeze_config"
+    __table_args__ = _NEVER_REUSED
+
+    id: int | None = Field(default=None, primary_key=True)
+    model_id: int = Field(foreign_key="model.id", index=True)
+    document: dict[str, Any] = Field(sa_column=Column(JSON, nullable=False))
+    created_at: str = Field(default_factory=utc_now)
+    updated_at: str = Field(default_factory=utc_now)
+
+
+class Task(SQLModel, table=True):
+    """One inspection of a model: its own queue and slot, a single attempt."""
+
+    __tablename__ = "task"
+    __table_args__ = _NEVER_REUSED
+
+    id: int | None = Field(default=None, primary_key=True)
+    kind: str = "inspect"
+    model_id: int | None = Field(default=None, index=True)
+    state: str = Field(default="queued", index=True)
+    spec: dict[str, Any] = Field(sa_column=Column(JSON, nullable=False))
+    pid: int | None = None
+    error_reason: str | None = None
+    error_message: str | None = None
+    created_at: str = Field(default_factory=utc_now)
+    started_at: str | None = None
+    ended_at: str | None = None
+
+
+class Job(SQLModel, table=True):
+    """One training run or evaluation.
+
+    Attributes:
+        version: larger than every version any job had before; grows with every change of the row.
+        spec: what the worker is told, without the config.
+        config: the freeze config as trained, with its names expanded.
+        wish: what the user wants of the living attempt: running, hold, release or stop.
+        attempt: number of the newest attempt, 0 before the first.
+    """
+
+    __tablename__ = "job"
+    __table_args__ = _NEVER_REUSED
+
+    id: int | None = Field(default=None, primary_key=True)
+    version: int = Field(index=True)
+    kind: str
+    state: str = Field(default="queued", index=True)
+    model_id: int = Field(foreign_key="model.id", index=True)
+    config_id: int | None = None
+    name: str = ""
+    notes: str = ""
+    spec: dict[str, Any] = Field(sa_column=Column(JSON, nullable=False))
+    config: dict[str, Any] = Field(sa_column=Column(JSON, nullable=False))
+    wish: str = "running"
+    wish_seq: int = 0
+    attempt: int = 0
+    step: int = 0
+    total_steps: int | None = None
+    epoch: float = 0.0
+    step_ms: float | None = None
+    train_size: int | None = None
+    device_name: str | None = None
+    device_bytes: int | None = None
+    warnings: list[str] = Field(default_factory=list, sa_column=Column(JSON, nullable=False))
+    verdict: str | None = None
+    error_reason: str | None = None
+    error_message: str | None = None
+    queued_at: str = Field(default_factory=utc_now)
+    created_at: str = Field(default_factory=utc_now)
+    started_at: str | None = None
+    ended_at: str | None = None
+
+
+class Attempt(SQLModel, table=True):
+    """One start of a job; an ended one never changes.
+
+    Attributes:
+        spool_offset: bytes of its spool that are in the database.
+        sequence: number of the last record that is in the database, 0 before the first.
+    """
+
+    __tablename__ = "attempt"
+
+    job_id: int = Field(primary_key=True, foreign_key="job.id")
+    number: int = Field(primary_key=True)
+    device: str
+    resume_step: int | None = None
+    pid: int | None = None
+    spool_offset: int = 0
+    sequence: int = 0
+    started_at: str = Field(default_factory=utc_now)
+    ended_at: str | None = None
+    outcome: str | None = None
+
+
+class Proof(SQLModel, table=True):
+    """The newest check of a job's frozen tensors."""
+
+    __tablename__ = "proof"
+
+    job_id: int = Field(primary_key=True, foreign_key="job.id")
+    document: dict[str, Any] = Field(sa_column=Column(JSON, nullable=False))
+
+
+class Layer(SQLModel, table=True):
+    """A job's layers, numbered from 0 in model order."""
+
+    __tablename__ = "layer"
+
+    job_id: int = Field(primary_key=True, foreign_key="job.id")
+    position: int = Field(primary_key=True)
+    path: str
+
+
+class LayerStat(SQLModel, table=True):
+    """Three measures of one layer at one step; NULL where there is none, the text NaN for NaN.
+
+    Clustered by layer, since charts read a layer over many steps.
+    """
+
+    __tablename__ = "layer_stat"
+    __table_args__ = {"sqlite_with_rowid": False}
+
+    job_id: int = Field(primary_key=True)
+    position: int = Field(primary_key=True)
+    step: int = Field(primary_key=True)
+    grad_norm: float | None = None
+    update_norm: float | None = None
+    weight_norm: float | None = None
+
+
+class Metric(SQLModel, table=True):
+    """One value of one metric; the id is a place in the event stream."""
+
+    __tablename__ = "metric"
+    __table_args__ = (
+        Index("metric_of_job", "job_id", "name", "step", unique=True),
+        _NEVER_REUSED,
+    )
+
+    id: int | None = Field(default=None, primary_key=True)
+    job_id: int
+    name: str
+    step: int
+    value: float | None = None
+
+
+class Login(SQLModel, table=True):
+    """A one-time link or a browser session, by the SHA-256 of its secret."""
+
+    __tablename__ = "login"
+
+    digest: str = Field(primary_key=True)
+    kind: str
+    expires_at: str
+
+
+class Revision(SQLModel, table=True):
+    """One row: the last version given to any job."""
+
+    __tablename__ = "revision"
+
+    id: int = Field(default=1, sa_column=Column(Integer, primary_key=True, autoincrement=False))
+    value: int = 0

@@ -1,0 +1,10 @@
+"""The JSON interface: every route below ``/api``, one file a noun."""
+
+from fastapi import APIRouter
+
+from app.web import stream
+from app.web.api import configs, docs, health, jobs, models, tasks
+
+router = APIRouter(prefix="/api")
+for part in (health, models, configs, jobs, tasks, docs, stream):
+    router.include_router(part.router)

@@ -1,0 +1,64 @@
+"""Models: add, list, read, plan, delete."""
+
+from typing import Annotated, Literal
+
+from fastapi import APIRouter, Depends, Query, Response
+
+from app.web.api.body import Answer, Body, Id, Limit, OptionalId, Verbs, takes
+from app.web.guard import signed_in
+
+router = APIRouter(prefix="/models", tags=["models"], dependencies=[Depends(signed_in)])
+
+RULES = [{"action": "freeze", "match": "layer1.**"}]
+
+
+@router.post("", openapi_extra=takes(uri="demo:digits"))
+def add_model(service: Verbs, body: Body) -> Answer:
+    """Add a model; a worker inspects it, and its `state` says when it is ready."""
+    return Answer(service.add_model(body), 202)
+
+
+@router.get("")
+def list_models(service: Verbs, limit: Limit = 100, before: OptionalId = None) -> Answer:
+    """The models, newest first."""
+    return Answer(service.list_models(limit, before))
+
+
+@router.get("/{model_id}")
+def get_model(service: Verbs, model_id: Id) -> Answer:
+    """One model: its state and its counts."""
+    return Answer(service.get_model(model_id))
+
+
+@router.delete("/{model_id}")
+def delete_model(service: Verbs, model_id: Id) -> Response:
+    """Delete a model that no job uses."""
+    service.delete_model(model_id)
+    return Response(status_code=204)
+
+
+@router.get("/{model_id}/tree")
+def read_tree(service: Verbs, model_id: Id) -> Answer:
+    """Every module with its parameters and buffers, in model order."""
+    return Answer(service.read_tree(model_id))
+
+
+@router.post("/{model_id}/plan", openapi_extra=takes(rules=RULES))
+def make_plan(service: Verbs, model_id: Id, body: Body) -> Answer:
+    """What a freeze config does to this model: states, flow, cost, warnings."""
+    return Answer(service.make_plan(model_id, body))
+
+
+@router.post("/{model_id}/configs/import", openapi_extra=takes(rules=RULES))
+def import_config(
+    service: Verbs,
+    model_id: Id,
+    body: Body,
+    accept: Annotated[Literal["rules", "names"] | None, Query()] = None,
+) -> Answer:
+    """Save a downloaded freeze config for this model.
+
+    Where its names differ from what its rules give here, the answer is a 409 that lists them;
+    sent again with `accept`, the rules or the names decide.
+    """
+    return Answer(service.import_config(model_id, body, accept), 201)

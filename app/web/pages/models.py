@@ -1,0 +1,314 @@
+"""The models' pages: the list at /, and the workbench where boxes are ticked and a plan answers."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+from urllib.parse import urlencode
+
+from fastapi import APIRouter, Depends, Request, Response, UploadFile
+from fastapi.responses import HTMLResponse
+from starlette.concurrency import run_in_threadpool
+from starlette.datastructures import FormData
+
+from app.freezing.config import config_document
+from app.freezing.errors import InvalidDocument
+from app.freezing.export import config_as_python
+from app.service import Conflict, Service
+from app.sources.demo import DEMO_MODELS
+from app.web.guard import signed_in
+from app.web.pages import tree, workbench
+from app.web.pages.jobs import view_jobs
+from app.web.render import redirect, render_block, render_page, shell
+from app.web.views import Fault, ImportView, ModelsView, WorkbenchView
+
+router = APIRouter(dependencies=[Depends(signed_in)], include_in_schema=False)
+
+Document = dict[str, Any]
+RECENT_JOBS = 8
+
+
+def service_of(request: Request) -> Service:
+    return request.app.state.service
+
+
+async def form_items(request: Request) -> list[tuple[str, str]]:
+    """The text fields of a form in their order; repeated names stay repeated."""
+    form: FormData = await request.form()
+    return [(key, value) for key, value in form.multi_items() if isinstance(value, str)]
+
+
+def faults_of(error: InvalidDocument) -> list[Fault]:
+    return [Fault(field, message) for field, message in error.errors]
+
+
+# ------------------------------------------------------------------------------------------- lists
+
+
+@router.get("/")
+def show_home(request: Request) -> Response:
+    """The list; before anything was done, the only model itself, a job one click away."""
+    service = service_of(request)
+    models, jobs = service.list_models(limit=2), service.list_jobs(limit=1)
+    if len(models) == 1 and not jobs:
+        return redirect(request, f"/models/{models[0]['id']}")
+    return show_models(request)
+
+
+@router.get("/models")
+def show_models(request: Request) -> Response:
+    return render_page(request, "models.html", _models_view(request))
+
+
+@router.get("/models/list")
+def show_model_list(request: Request) -> Response:
+    """The list alone, asked for while a model is being inspected."""
+    return render_block(request, "models.html", "model_list", _models_view(request))
+
+
+def _models_view(
+    request: Request, values: Mapping[str, str] | None = None, faults: tuple[Fault, ...] = ()
+) -> ModelsView:
+    service = service_of(request)
+    return ModelsView(
+        shell=shell(request, "Models", "models"),
+        models=service.list_models(),
+        jobs=view_jobs(service, limit=RECENT_JOBS),
+        values=values or {},
+        faults=faults,
+        suggestions=[(f"demo:{name}", words) for name, words in DEMO_MODELS.items()],
+    )
+
+
+@router.post("/models")
+def add_model(request: Request, items: list[tuple[str, str]] = Depends(form_items)) -> Response:
+    values = dict(items)
+    try:
+        model = service_of(request).add_model(_model_spec(values))
+    except InvalidDocument as error:
+        view = _models_view(request, values, tuple(faults_of(error)))
+        return render_page(request, "models.html", view, 422)
+    return redirect(request, f"/models/{model['id']}")
+
+
+def _model_spec(values: Mapping[str, str]) -> Document:
+    spec: Document = {"uri": values.get("uri", "").strip()}
+    for key in ("task", "revision", "weights"):
+        if values.get(key, "").strip():
+            spec[key] = values[key].strip()
+    for key in ("num_classes", "kwargs", "input"):
+        text = values.get(key, "").strip()
+        if text:
+            spec[key] = read_json(key, text)
+    if values.get("random_init"):
+        spec["random_init"] = True
+    return spec
+
+
+def read_json(field: str, text: str) -> Any:
+    """JSON that somebody typed or uploaded. Raises InvalidDocument with the place of the fault."""
+    try:
+        return json.loads(text, parse_constant=_refuse_constant)
+    except (ValueError, RecursionError) as error:
+        raise InvalidDocument([(field, f"This is not JSON: {error}.")]) from None
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is not a JSON number")
+
+
+@router.post("/models/{model_id}/delete")
+def delete_model(request: Request, model_id: int) -> Response:
+    service_of(request).delete_model(model_id)
+    return redirect(request, "/models")
+
+
+# --------------------------------------------------------------------------------------- workbench
+
+
+def _read_choice(request: Request, items: workbench.Items) -> workbench.Choice:
+    config_id = dict(items).get("config", "")
+    base = None
+    if config_id.isascii() and config_id.isdigit() and len(config_id) < 19:
+        base = service_of(request).get_config(int(config_id))
+    return workbench.read_choice(items, base)
+
+
+def _build(
+    request: Request, model_id: int, choice: workbench.Choice, faults: tuple[Fault, ...] = ()
+) -> WorkbenchView:
+    service = service_of(request)
+    model = service.get_model(model_id)
+    if model["state"] != "ready":
+        return WorkbenchView(shell=shell(request, str(model["uri"]), "models"), model=model)
+    plan = service.make_plan(model_id, workbench.plan_request(choice))
+    saved = service.list_configs(model_id=model_id)
+    graph = service.read_graph(model_id)
+    return workbench.build_view(request, model, graph, choice, plan, saved, faults)
+
+
+@router.get("/models/{model_id}")
+def show_model(request: Request, model_id: int) -> Response:
+    choice = _read_choice(request, request.query_params.multi_items())
+    return render_page(request, "workbench.html", _build(request, model_id, choice))
+
+
+@router.post("/models/{model_id}")
+def change_choice(
+    request: Request, model_id: int, items: list[tuple[str, str]] = Depends(form_items)
+) -> Response:
+    """A button without JavaScript: act, then the page at the new address."""
+    choice = _read_choice(request, items)
+    try:
+        choice = workbench.act(choice, service_of(request).read_graph(model_id), items)
+    except InvalidDocument as error:
+        view = _build(request, model_id, choice, tuple(faults_of(error)))
+        return render_page(request, "workbench.html", view, 422)
+    address = choice.address()
+    return redirect(request, f"/models/{model_id}" + (f"?{address}" if address else ""))
+
+
+@router.post("/models/{model_id}/plan")
+def show_plan(
+    request: Request, model_id: int, items: list[tuple[str, str]] = Depends(form_items)
+) -> Response:
+    """A button with JavaScript: the rules, the plan and the tree's states in one answer."""
+    choice = _read_choice(request, items)
+    faults: tuple[Fault, ...] = ()
+    try:
+        choice = workbench.act(choice, service_of(request).read_graph(model_id), items)
+    except InvalidDocument as error:
+        faults = tuple(faults_of(error))
+    return render_block(
+        request, "workbench.html", "answer", _build(request, model_id, choice, faults)
+    )
+
+
+@router.get("/models/{model_id}/rows")
+def show_rows(request: Request, model_id: int, parent: int = 0) -> Response:
+    """What hangs directly below one module, or what a search finds, under the address's choice."""
+    service = service_of(request)
+    choice = _read_choice(request, request.query_params.multi_items())
+    graph = service.read_graph(model_id)
+    view = _build(request, model_id, choice)
+    if not choice.search and "parent" in request.query_params and 0 <= parent < len(graph.modules):
+        states = tree.read_states(
+            graph, service.make_plan(model_id, workbench.plan_request(choice))
+        )
+        opened = (choice.opened or frozenset()) | {parent}
+        rows = tree.list_rows(graph, states, opened, parent)[1:]
+        view = WorkbenchView(shell=view.shell, model=view.model, tree=rows)
+    return render_block(request, "workbench.html", "rows", view)
+
+
+@router.get("/models/{model_id}/matches")
+def show_matches(
+    request: Request, model_id: int, add_action: str = "freeze", add_text: str = ""
+) -> Response:
+    graph = service_of(request).read_graph(model_id)
+    view = workbench.count_rule(graph, add_action, add_text)
+    return render_page(request, "_matches.html", view)
+
+
+@router.get("/models/{model_id}/download")
+def download(request: Request, model_id: int) -> Response:
+    """The freeze config in the address, saved or not, as an attachment."""
+    service = service_of(request)
+    choice = _read_choice(request, request.query_params.multi_items())
+    graph = service.read_graph(model_id)
+    config = choice.config(usable_only=False)
+    if request.query_params.get("as") == "python":
+        return _attachment("freeze.py", "text/x-python", config_as_python(config, graph))
+    document = config_document(config, graph)
+    document["model"] = {**(document["model"] or {}), "uri": service.get_model(model_id)["uri"]}
+    text = json.dumps(document, indent=2, ensure_ascii=False) + "\n"
+    return _attachment("freeze-config.json", "application/json", text)
+
+
+def _attachment(filename: str, media_type: str, text: str) -> Response:
+    headers = {"Content-Disposition": f'attachment; filename="{filename}"'}
+    return Response(text, media_type=media_type, headers=headers)
+
+
+@router.post("/models/{model_id}/configs")
+def save_config(
+    request: Request, model_id: int, items: list[tuple[str, str]] = Depends(form_items)
+) -> Response:
+    """Save the choice: over the config that it began as (``replace``), or as a new one."""
+    service = service_of(request)
+    choice = _read_choice(request, items)
+    try:
+        document = {**config_document(choice.config(usable_only=False)), "model_id": model_id}
+        if choice.base and "replace" in dict(items):
+            saved = service.replace_config(int(choice.base["id"]), document)
+        else:
+            saved = service.save_config(document)
+    except InvalidDocument as error:
+        view = _build(request, model_id, choice, tuple(faults_of(error)))
+        return render_page(request, "workbench.html", view, 422)
+    training = [(f"train.{name}", value) for name, value in choice.training.items()]
+    query = urlencode([("config", str(saved["id"])), *training])
+    return redirect(request, f"/models/{model_id}?{query}")
+
+
+@router.post("/models/{model_id}/jobs")
+def start_job(
+    request: Request, model_id: int, items: list[tuple[str, str]] = Depends(form_items)
+) -> Response:
+    choice = _read_choice(request, items)
+    kind = "evaluate" if dict(items).get("kind") == "evaluate" else "train"
+    try:
+        job = service_of(request).launch_job(workbench.job_request(choice, model_id, kind))
+    except InvalidDocument as error:
+        view = _build(request, model_id, choice, tuple(faults_of(error)))
+        return render_page(request, "workbench.html", view, 422)
+    return redirect(request, f"/jobs/{job['id']}")
+
+
+# ------------------------------------------------------------------------------------------ import
+
+
+@router.get("/models/{model_id}/import")
+def show_import(request: Request, model_id: int) -> Response:
+    view = ImportView(
+        shell(request, "Import", "models"), service_of(request).get_model(model_id), ""
+    )
+    return render_page(request, "import.html", view)
+
+
+@router.post("/models/{model_id}/import")
+async def import_config(request: Request, model_id: int) -> Response:
+    """A file or pasted text; where names differ, the differences before anything is stored."""
+    form = await request.form()
+    text = form.get("document")
+    upload = form.get("file")
+    if isinstance(upload, UploadFile) or hasattr(upload, "read"):
+        content = await upload.read()  # type: ignore[union-attr]
+        text = content.decode("utf-8", errors="replace") if content else text
+    accept = form.get("accept")
+    return await run_in_threadpool(
+        _import, request, model_id, str(text or ""), str(accept) if accept else None
+    )
+
+
+def _import(
+    request: Request, model_id: int, text: str, accept: str | None
+) -> HTMLResponse | Response:
+    service = service_of(request)
+    page, model = shell(request, "Import", "models"), service.get_model(model_id)
+    try:
+        document = read_json("document", text)
+        if not isinstance(document, dict):
+            raise InvalidDocument([("document", "A freeze config is a JSON object.")])
+        saved = service.import_config(model_id, document, accept)
+    except InvalidDocument as error:
+        view = ImportView(page, model, text, (), faults_of(error))
+        return render_page(request, "import.html", view, 422)
+    except Conflict as conflict:
+        differing = conflict.extra.get("differing")
+        if not differing:
+            raise
+        view = ImportView(page, model, text, [(k, v) for k, v in differing.items() if v])
+        return render_page(request, "import.html", view, 409)
+    return redirect(request, f"/models/{model_id}?{urlencode([('config', saved['id'])])}")

@@ -1,0 +1,181 @@
+"""Every component on one page with made-up contents, for designers and for the browser tests."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from fastapi import APIRouter, Depends, Request, Response
+
+from app.web.guard import signed_in
+from app.web.render import JOB_STATES, render_page, shell
+from app.web.views import Fault, Field, JobView, Measure, PatternsView, PlanPanel, RuleRow, TreeRow
+
+router = APIRouter(dependencies=[Depends(signed_in)], include_in_schema=False)
+
+LONG_NAME = "model.decoder.layers.11.self_attn.attention_output_projection.parametrizations.weight"
+
+
+@router.get("/patterns")
+def show_patterns(request: Request) -> Response:
+    view = PatternsView(
+        shell=shell(request, "Patterns"),
+        tree=_rows(),
+        jobs=[
+            _job(i, state)
+            for i, state in enumerate(JOB_STATES, 1)
+            if state not in ("ready", "inspecting")
+        ],
+        proofs=_proofs(),
+        rules=[
+            RuleRow("freeze", "encoder.layer.{0..8}.**", 144, 63_800_000),
+            RuleRow("unfreeze", "type=LayerNorm", 25, 19_200),
+            RuleRow("unfreeze", "nothing.*", 0, 0),
+            RuleRow(
+                "freeze", "layer.{0..", None, None, "The brace in 'layer.{0..' is never closed."
+            ),
+        ],
+        fields=[
+            Field("train.dataset", "dataset", "demo:digits"),
+            Field("train.lr", "learning rate", "-1", fault="'lr' is -1; it must be above 0."),
+            Field("train.optimizer", "optimizer", "adamw", choices=("sgd", "adam", "adamw")),
+            Field("train.epochs", "epochs", "", "3", numeric=True, help="Whole passes."),
+        ],
+        plan=_plan(),
+        faults=[
+            Fault(
+                "rules.0.match",
+                "'layer5' is not a module of resnet-tiny. Its top modules are conv1, fc.",
+            )
+        ],
+    )
+    return render_page(request, "patterns.html", view)
+
+
+def _rows() -> list[TreeRow]:
+    row = TreeRow(
+        kind="module",
+        index=0,
+        parent=-1,
+        path="vit",
+        label="vit",
+        detail="ViTModel",
+        level=1,
+        numel=86_600_000,
+        size_share=1.0,
+        frozen_share=0.75,
+        box="mixed",
+        flow="",
+        because="",
+        expandable=True,
+        expanded=True,
+        shared_with=(),
+        line="",
+    )
+    flows = [
+        ("frozen", "idle"),
+        ("frozen", "passes"),
+        ("trainable", "trained"),
+        ("trainable", "unreached"),
+    ]
+    states = [
+        replace(
+            row,
+            index=index,
+            parent=0,
+            path=f"vit.layer.{index}",
+            label=f"layer.{index}",
+            detail="ViTLayer",
+            level=2,
+            numel=7_087_872,
+            size_share=0.08 * index,
+            frozen_share=float(box == "frozen"),
+            box=box,
+            flow=flow,
+            expanded=False,
+            line="above" if index == 2 else "",
+        )
+        for index, (box, flow) in enumerate(flows, 1)
+    ]
+    tied = replace(
+        states[0],
+        kind="parameter",
+        index=5,
+        path="vit.weight",
+        label="weight",
+        detail="30 522 × 768",
+        flow="",
+        expandable=False,
+        shared_with=("head.decoder.weight",),
+    )
+    bare = replace(
+        states[0],
+        index=6,
+        path="vit.act",
+        label="act",
+        detail="GELU",
+        numel=0,
+        box="",
+        flow="",
+        expandable=False,
+    )
+    return [row, *states, tied, bare, replace(states[2], index=7, path=LONG_NAME, label=LONG_NAME)]
+
+
+def _job(number: int, state: str) -> JobView:
+    document = {
+        "id": number,
+        "state": state,
+        "kind": "train",
+        "name": f"a job that is {state}",
+        "step": 61,
+        "total_steps": 105,
+        "error": None,
+        "model": {"uri": "demo:digits"},
+        "dataset": {"uri": "demo:digits"},
+    }
+    return JobView(document, "0,2 16,6 32,11 48,9 64,15 80,18")
+
+
+def _proofs() -> list[dict[str, object]]:
+    held = {"checked": 128, "identical": 128, "changed": []}
+    moved = {"checked": 20, "moved": 20, "still": []}
+    broken = {"checked": 128, "identical": 127, "changed": ["layer2.weight"]}
+    still = {"checked": 20, "moved": 19, "still": [{"name": "mask_token", "cause": "unreached"}]}
+    return [
+        {"verdict": "holds", "step": 1240, "frozen": held, "trained": moved, "buffers": {}},
+        {"verdict": "broken", "step": 12, "frozen": broken, "trained": still, "buffers": {}},
+        {"verdict": "pending", "frozen": {}, "trained": {}, "buffers": {}},
+    ]
+
+
+def _plan() -> PlanPanel:
+    return PlanPanel(
+        trainable_numel=7_100_000,
+        frozen_numel=79_500_000,
+        trainable_tensors=20,
+        frozen_tensors=180,
+        forward_share=0.33,
+        backward_share=0.08,
+        step_share=0.41,
+        speedup_bound=2.4,
+        predicted_step_ms=None,
+        flops=(
+            Measure("forward", 35.1e9, 35.1e9, "flops"),
+            Measure("backward", 8.4e9, 70.2e9, "flops"),
+        ),
+        memory=(
+            Measure("gradients", 28e6, 346e6, "bytes"),
+            Measure("optimizer", 57e6, 692e6, "bytes"),
+            Measure("saved activations", None, 2.1e9, "bytes"),
+            Measure("peak", 741e6, 3.5e9, "bytes"),
+        ),
+        fits={"cpu": True, "cuda:0": False},
+        assumed={"batch_size": 32, "optimizer": "adamw"},
+        warnings=[
+            {
+                "code": "norm_statistics",
+                "message": "Frozen BatchNorm would go on moving its running mean.",
+                "names": ["layer1.bn1", "layer1.bn2"],
+            }
+        ],
+    )

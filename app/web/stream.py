@@ -1,0 +1,86 @@
+"""Server-Sent Events of one job or of all: what is new since an id. It knows no browser state."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from typing import Annotated
+
+from fastapi import APIRouter, Depends, FastAPI, Header, Query, Request
+from fastapi.sse import EventSourceResponse, ServerSentEvent
+from starlette.concurrency import run_in_threadpool
+
+from app.service import Service
+from app.web.api.body import Id, Verbs
+from app.web.errors import to_json
+from app.web.guard import signed_in
+
+# What happens within this time arrives as one batch: a job of 1,000 steps a second does not make
+# 1,000 reads a second for each page that is open.
+PACE_S = 0.2
+# How soon an idle stream notices that the server is closing.
+LOOK_S = 1.0
+
+router = APIRouter(tags=["events"], dependencies=[Depends(signed_in)])
+
+
+async def find_start(
+    cursor: Annotated[str | None, Query(max_length=500)] = None,
+    last_event_id: Annotated[str | None, Header(max_length=500)] = None,
+) -> str | None:
+    """Where a stream goes on: the browser's last id, else `?cursor=` (`now` skips the past)."""
+    return last_event_id or cursor
+
+
+def find_job(service: Verbs, job_id: Id) -> int:
+    """An unknown job is a 404, which a stream that has begun could not say any more."""
+    service.get_job(job_id)
+    return job_id
+
+
+Start = Annotated[str | None, Depends(find_start)]
+
+
+@router.get("/events", response_class=EventSourceResponse)
+async def follow_all(
+    request: Request, service: Verbs, start: Start
+) -> AsyncIterator[ServerSentEvent]:
+    """`state` events of all jobs."""
+    async for event in follow(request.app, service, None, start):
+        yield event
+
+
+@router.get("/jobs/{job_id}/events", response_class=EventSourceResponse)
+async def follow_job(
+    request: Request, service: Verbs, job_id: Annotated[int, Depends(find_job)], start: Start
+) -> AsyncIterator[ServerSentEvent]:
+    """`state`, `metrics`, `layers`, `proof` and `log` events of one job, then `end`."""
+    async for event in follow(request.app, service, job_id, start):
+        yield event
+
+
+async def follow(
+    app: FastAPI, service: Service, job_id: int | None, cursor: str | None
+) -> AsyncIterator[ServerSentEvent]:
+    """News until the job has ended or the server closes, each event with the id behind it."""
+    while not is_closing(app):
+        seen = service.version  # read before the news: what comes in between is not missed
+        news, cursor, finished = await run_in_threadpool(service.news, job_id, cursor)
+        for event, data, behind in news:
+            yield ServerSentEvent(event=event, raw_data=to_json(data), id=behind)
+        if finished:
+            yield ServerSentEvent(event="end", raw_data="{}", id=cursor)
+            return
+        if news:
+            await asyncio.sleep(PACE_S)
+        while not is_closing(app) and await service.wait_for_change(seen, LOOK_S) == seen:
+            pass
+
+
+def close_streams(app: FastAPI) -> None:
+    """Let every stream end by itself, so that the server can."""
+    app.state.closing = True
+
+
+def is_closing(app: FastAPI) -> bool:
+    return getattr(app.state, "closing", False)

@@ -1,0 +1,407 @@
+"""What templates are given: a frozen dataclass each, no behaviour beyond choosing words."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from app.freezing.config import DROPOUT_POLICIES, MECHANISMS, NORM_POLICIES
+from app.freezing.presets import PRESETS
+
+LIVE_STATES = ("queued", "starting", "running", "paused", "stopping")
+ENDED_STATES = ("stopped", "failed", "interrupted", "succeeded")
+
+Document = Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Shell:
+    """The frame around every page: `section` is the marked entry of the navigation."""
+
+    title: str
+    section: str = ""
+    path: str = "/"
+
+
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """One thing wrong with what was sent: the field it belongs to and the sentence about it."""
+
+    field: str
+    message: str
+
+
+# ------------------------------------------------------------------------------------------ models
+
+
+@dataclass(frozen=True, slots=True)
+class ModelsView:
+    shell: Shell
+    models: Sequence[Document]
+    jobs: Sequence[JobView]
+    values: Mapping[str, str]
+    faults: Sequence[Fault] = ()
+    suggestions: Sequence[tuple[str, str]] = ()
+
+    @property
+    def is_waiting(self) -> bool:
+        return any(model["state"] == "inspecting" for model in self.models)
+
+
+@dataclass(frozen=True, slots=True)
+class TreeRow:
+    """One line of the tree: a module, or a parameter that a module owns.
+
+    Attributes:
+        index: of the module in model order, or of the unique parameter.
+        parent: index of the module it hangs below, -1 for the root.
+        detail: the module's type, or the parameter's shape.
+        size_share: its elements in those of the whole model, 0 to 1.
+        frozen_share: the frozen ones in its own elements, 0 to 1.
+        box: frozen, trainable or mixed; "" where there is nothing to tick.
+        flow: flow state of a layer, or of everything below where that agrees; else "".
+        line: "above" where the frost line runs before this row, "inside" where it runs within.
+    """
+
+    kind: str
+    index: int
+    parent: int
+    path: str
+    label: str
+    detail: str
+    level: int
+    numel: int
+    size_share: float
+    frozen_share: float
+    box: str
+    flow: str
+    because: str
+    expandable: bool
+    expanded: bool
+    shared_with: Sequence[str]
+    line: str
+
+    @property
+    def frozen_width(self) -> float:
+        return round(100 * self.size_share * self.frozen_share, 2)
+
+    @property
+    def full_width(self) -> float:
+        """At least a little, so that a small layer still shows."""
+        return round(max(100 * self.size_share, 1.5), 2) if self.numel else 0
+
+
+@dataclass(frozen=True, slots=True)
+class RuleRow:
+    """One rule as it is edited: `text` is a glob, or ``type=CLASS`` and perhaps a glob after it."""
+
+    action: str
+    text: str
+    tensors: int | None
+    numel: int | None
+    fault: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Measure:
+    """A figure beside what it would be with everything trainable."""
+
+    label: str
+    value: float | None
+    full: float | None
+    unit: str
+
+    @property
+    def share(self) -> float | None:
+        return self.value / self.full if self.value is not None and self.full else None
+
+
+@dataclass(frozen=True, slots=True)
+class PlanPanel:
+    """What this freeze config does to this model."""
+
+    trainable_numel: int
+    frozen_numel: int
+    trainable_tensors: int
+    frozen_tensors: int
+    forward_share: float | None
+    backward_share: float | None
+    step_share: float | None
+    speedup_bound: float | None
+    predicted_step_ms: float | None
+    flops: Sequence[Measure]
+    memory: Sequence[Measure]
+    fits: Mapping[str, bool]
+    assumed: Mapping[str, Any]
+    warnings: Sequence[Document]
+
+    @property
+    def trainable_share(self) -> float:
+        return self.trainable_numel / max(self.trainable_numel + self.frozen_numel, 1)
+
+
+@dataclass(frozen=True, slots=True)
+class Field:
+    """One input of a form, with what was typed and what is wrong with it."""
+
+    name: str
+    label: str
+    value: str
+    placeholder: str = ""
+    choices: Sequence[str] = ()
+    suggestions: Sequence[tuple[str, str]] = ()
+    numeric: bool = False
+    help: str = ""
+    fault: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class WorkbenchView:
+    """The model's page. `address` is the query string that holds everything that was chosen."""
+
+    shell: Shell
+    model: Document
+    tree: Sequence[TreeRow] = ()
+    search: str = ""
+    found: int | None = None
+    rules: Sequence[RuleRow] = ()
+    mechanism: str = MECHANISMS[0]
+    norm_statistics: str = NORM_POLICIES[0]
+    dropout: str = DROPOUT_POLICIES[0]
+    plan: PlanPanel | None = None
+    states: str = "{}"
+    address: str = ""
+    base: Document | None = None
+    config_name: str = ""
+    is_changed: bool = False
+    block_count: int = 0
+    fields: Sequence[Field] = ()
+    more_fields: Sequence[Field] = ()
+    faults: Sequence[Fault] = ()
+    saved: Sequence[Document] = ()
+    mechanisms: Sequence[str] = MECHANISMS
+    norm_policies: Sequence[str] = NORM_POLICIES
+    dropout_policies: Sequence[str] = DROPOUT_POLICIES
+    presets: Sequence[tuple[str, str]] = PRESETS
+
+
+@dataclass(frozen=True, slots=True)
+class MatchesView:
+    """How much a rule that is being typed would match."""
+
+    text: str
+    tensors: int = 0
+    numel: int = 0
+    fault: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class ImportView:
+    """An imported freeze config whose names differ from what its rules give on this model."""
+
+    shell: Shell
+    model: Document
+    document: str
+    differences: Sequence[tuple[str, Sequence[str]]] = ()
+    faults: Sequence[Fault] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class ConfigsView:
+    shell: Shell
+    configs: Sequence[Document]
+    models: Mapping[int, Document]
+
+
+# -------------------------------------------------------------------------------------------- jobs
+
+
+@dataclass(frozen=True, slots=True)
+class JobView:
+    """One job as pages speak of it; `document` is what the interface answers for it."""
+
+    document: Document
+    loss: str = ""
+
+    @property
+    def id(self) -> int:
+        return int(self.document["id"])
+
+    @property
+    def state(self) -> str:
+        return str(self.document["state"])
+
+    @property
+    def kind(self) -> str:
+        return str(self.document.get("kind") or "train")
+
+    @property
+    def name(self) -> str:
+        return str(self.document.get("name") or f"Job {self.id}")
+
+    @property
+    def notes(self) -> str:
+        return str(self.document.get("notes") or "")
+
+    @property
+    def model_uri(self) -> str:
+        return str((self.document.get("model") or {}).get("uri", ""))
+
+    @property
+    def dataset_uri(self) -> str:
+        return str((self.document.get("dataset") or {}).get("uri", ""))
+
+    @property
+    def frozen_count(self) -> int:
+        """Frozen parameter tensors when it began."""
+        return int((self.document.get("config") or {}).get("frozen_count") or 0)
+
+    @property
+    def tensor_count(self) -> int:
+        config = self.document.get("config") or {}
+        return self.frozen_count + int(config.get("trainable_count") or 0)
+
+    @property
+    def frozen_share(self) -> float | None:
+        return self.frozen_count / self.tensor_count if self.tensor_count else None
+
+    @property
+    def progress(self) -> float | None:
+        total = self.document.get("total_steps")
+        return min(self.document.get("step", 0) / total, 1.0) if total else None
+
+    @property
+    def is_live(self) -> bool:
+        return self.state in LIVE_STATES
+
+    @property
+    def can_stop(self) -> bool:
+        return self.state in ("queued", "starting", "running", "paused")
+
+    @property
+    def can_pause(self) -> bool:
+        return self.state == "running" and self.kind == "train"
+
+    @property
+    def can_resume(self) -> bool:
+        return self.state == "paused" or (self.state in ENDED_STATES and self.kind == "train")
+
+    @property
+    def resume_word(self) -> str:
+        return {"paused": "Resume", "succeeded": "Train on"}.get(self.state, "Resume")
+
+    @property
+    def samples_per_second(self) -> float | None:
+        step_ms = self.document.get("step_ms")
+        training = self.document.get("training") or {}
+        batch = training.get("batch_size")
+        if not step_ms or not batch:
+            return None
+        return 1000.0 * batch * (training.get("grad_accumulation") or 1) / step_ms
+
+
+@dataclass(frozen=True, slots=True)
+class JobsView:
+    shell: Shell
+    jobs: Sequence[JobView]
+    has_models: bool = True
+
+    @property
+    def is_live(self) -> bool:
+        return any(job.is_live for job in self.jobs)
+
+
+@dataclass(frozen=True, slots=True)
+class JobPageView:
+    shell: Shell
+    job: JobView
+    config: Document
+    options: Sequence[tuple[str, Any]]
+    rerun_address: str
+    message: str = ""
+    proof: Document | None = None
+    checkpoints: Sequence[Document] = ()
+    log: str = ""
+    log_is_cut: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class CompareRow:
+    label: str
+    values: Sequence[Any]
+    best: Sequence[bool] = ()
+
+    @property
+    def differs(self) -> bool:
+        return any(value != self.values[0] for value in self.values)
+
+
+@dataclass(frozen=True, slots=True)
+class CompareView:
+    shell: Shell
+    jobs: Sequence[JobView]
+    settings: Sequence[CompareRow] = ()
+    results: Sequence[CompareRow] = ()
+    choices: Sequence[JobView] = ()
+    message: str = ""
+
+
+# ------------------------------------------------------------------------------------------ others
+
+
+@dataclass(frozen=True, slots=True)
+class SystemView:
+    """`sections` are (title, rows) with rows of (label, value)."""
+
+    shell: Shell
+    devices: Sequence[Document]
+    sections: Sequence[tuple[str, Sequence[tuple[str, Any]]]]
+
+
+@dataclass(frozen=True, slots=True)
+class LoginView:
+    """`link` is the one-time token of a login link, None where the page was opened without one."""
+
+    shell: Shell
+    link: str | None = None
+    message: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ErrorView:
+    shell: Shell
+    title: str
+    status: int
+    detail: str
+    errors: Sequence[Fault] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class PatternsView:
+    """Every component once, with made-up contents."""
+
+    shell: Shell
+    tree: Sequence[TreeRow]
+    jobs: Sequence[JobView]
+    proofs: Sequence[Document]
+    rules: Sequence[RuleRow]
+    fields: Sequence[Field]
+    plan: PlanPanel
+    faults: Sequence[Fault]
+    address: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """One route of the interface, as its page lists it."""
+
+    method: str
+    path: str
+    summary: str
+
+
+@dataclass(frozen=True, slots=True)
+class DocsView:
+    shell: Shell
+    routes: Sequence[Route]

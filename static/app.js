@@ -1,0 +1,64 @@
+// Starts each island by its data- attribute, and what every page shares: local times, questions, quick buttons.
+import { startLive } from "./live.js";
+
+const islands = {
+  "[data-workbench]": () => import("./workbench.js").then((module) => module.startWorkbench),
+  "[data-charts]": () => import("./charts.js").then((module) => module.startCharts),
+  "[data-compare]": () => import("./charts.js").then((module) => module.startCompare),
+  "[data-heatmap]": () => import("./heatmap.js").then((module) => module.startHeatmap),
+};
+
+// What somebody opened or ticked stays so when the server sends that part again.
+Idiomorph.defaults.callbacks.beforeAttributeUpdated = (name) => !["open", "checked", "data-started"].includes(name);
+
+const format = new Intl.DateTimeFormat(undefined, { dateStyle: "medium", timeStyle: "short" });
+
+function start(within) {
+  for (const time of within.querySelectorAll("time[datetime]")) time.textContent = format.format(new Date(time.dateTime));
+  for (const log of within.querySelectorAll("[data-tail]")) log.scrollTop = log.scrollHeight;
+  for (const [selector, load] of Object.entries(islands)) {
+    for (const element of within.querySelectorAll(`${selector}:not([data-started])`)) {
+      element.dataset.started = "";
+      load().then((begin) => begin(element));
+    }
+  }
+}
+
+// Destructive things ask first.
+document.addEventListener("submit", (event) => {
+  const question = event.target.dataset.confirm;
+  if (question && !window.confirm(question)) event.preventDefault();
+});
+
+// A job's buttons without a whole page: post, then let the parts that show the state ask again.
+document.addEventListener("submit", async (event) => {
+  const form = event.target;
+  if (!("quick" in form.dataset) || event.defaultPrevented) return;
+  event.preventDefault();
+  const response = await fetch(form.action, { method: "POST", body: new URLSearchParams(new FormData(form, event.submitter)) });
+  if (!response.ok || !document.querySelector("[data-job]")) {
+    // The answer is the page that says why, or the list: show it as a plain form would.
+    if (response.ok) document.body.dispatchEvent(new Event("jobs:changed"));
+    else form.submit();
+    return;
+  }
+  document.body.dispatchEvent(new Event("job:status"));
+});
+
+// One menu at a time, closed by Escape or a click elsewhere.
+document.addEventListener("click", (event) => {
+  for (const menu of document.querySelectorAll("details.menu[open]")) {
+    if (!menu.contains(event.target) || event.target.closest(".menu-body button")) menu.open = false;
+  }
+});
+document.addEventListener("keydown", (event) => {
+  if (event.key !== "Escape") return;
+  const menu = document.querySelector("details.menu[open]");
+  if (!menu) return;
+  menu.open = false;
+  menu.querySelector("summary").focus();
+});
+
+document.addEventListener("htmx:afterSwap", () => start(document));
+start(document);
+startLive();

@@ -1,0 +1,489 @@
+"""The service's verbs: what they refuse in words, what they keep, and the stream of news."""
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+from sqlmodel import Session
+
+from app.freezing.errors import InvalidDocument
+from app.freezing.graph import ModelGraph, Module, Parameter
+from app.jobs import folder as job_folder
+from app.jobs.folder import Record
+from app.service import Conflict, NotFound, Service
+from app.settings import Settings
+from app.store import jobs, samples
+from app.store.db import Database
+from app.store.tables import Attempt, Job, Model, Task
+
+NAMES = ("body.weight", "body.bias", "head.weight")
+GRAPH = ModelGraph(
+    modules=(
+        Module("", "Net", 0),
+        Module("body", "Linear", 1, NAMES[:2]),
+        Module("head", "Linear", 1, NAMES[2:]),
+    ),
+    parameters=tuple(Parameter(name, (2,), "float32", 2, 8, True, True) for name in NAMES),
+)
+FREEZE_BODY = {"rules": [{"action": "freeze", "match": "body"}]}
+
+
+@dataclass
+class Quiet:
+    """A runner that runs nothing on one CPU, and counts how often it was woken."""
+
+    wakes: list[None] = field(default_factory=list)
+
+    def devices(self) -> list[dict[str, Any]]:
+        return [{"id": "cpu", "name": "silly", "kind": "cpu", "bytes": 2**30, "busy": False}]
+
+    def slots(self) -> dict[str, dict[str, int]]:
+        return {kind: {"total": kind != "cuda", "busy": 0} for kind in ("cpu", "cuda", "tasks")}
+
+    def keeper(self) -> dict[str, Any]:
+        return {"ready": True, "error": None}
+
+    def wake(self) -> None:
+        self.wakes.append(None)
+
+
+@dataclass
+class Desk:
+    """A service with its store, and the moves that a runner would make."""
+
+    service: Service
+    db: Database
+    data_dir: Path
+
+    def launch(self, **more: Any) -> int:
+        document = {"model_id": 1, "config": FREEZE_BODY, "dataset": {"uri": "demo:digits"}}
+        return int(self.service.launch_job({**document, **more})["id"])
+
+    def begin(self, job_id: int, resume_step: int | None = None) -> Attempt:
+        def begin(session: Session) -> Attempt:
+            job = session.get_one(Job, job_id)
+            attempt = jobs.start_attempt(session, job, "cpu", resume_step)
+            assert attempt is not None
+            assert jobs.move_job(session, job, "running")
+            return attempt
+
+        return self.db.write(begin)
+
+    def tell(self, job_id: int, *records: Record) -> None:
+        def store(session: Session) -> None:
+            job = session.get_one(Job, job_id)
+            attempt = session.get_one(Attempt, (job_id, job.attempt))
+            samples.ingest(session, job, attempt, records, 0)
+
+        self.db.write(store)
+
+    def end(self, job_id: int, outcome: str) -> None:
+        def end(session: Session) -> None:
+            job = session.get_one(Job, job_id)
+            attempt = session.get_one(Attempt, (job_id, job.attempt))
+            jobs.end_attempt(session, job, attempt, outcome)
+
+        self.db.write(end)
+
+    def state(self, job_id: int = 1) -> str:
+        return str(self.service.get_job(job_id)["state"])
+
+
+def make_ready(session: Session) -> None:
+    model, task = session.get_one(Model, 1), session.get_one(Task, 1)
+    model.state, task.state = "ready", "succeeded"
+    session.add_all([model, task])
+
+
+@pytest.fixture
+def desk(tmp_path: Path) -> Iterator[Desk]:
+    db = Database(tmp_path / "frostline.db")
+    service = Service(Settings(data_dir=tmp_path), db, Quiet())
+    service.add_model({"uri": "demo:digits"})
+    (tmp_path / "graphs").mkdir()
+    job_folder.write_document(tmp_path / "graphs" / "1.json", GRAPH.to_document())
+    db.write(make_ready)
+    yield Desk(service, db, tmp_path)
+    db.close()
+
+
+def faults(error: pytest.ExceptionInfo[InvalidDocument]) -> dict[str, str]:
+    return dict(error.value.errors)
+
+
+# models and configs
+
+
+def test_a_model_is_inspected_before_it_is_used(desk: Desk) -> None:
+    model = desk.service.add_model({"uri": "demo:simple-model"})
+    assert model["state"] == "inspecting"
+    assert desk.service.get_task(model["task_id"])["state"] == "queued"
+    with pytest.raises(Conflict, match="still being inspected") as error:
+        desk.service.read_tree(model["id"])
+    assert error.value.extra == {"state": "inspecting"}
+
+
+@pytest.mark.parametrize("missing", [0, -1, 99, 2**63])
+def test_what_is_not_there_is_not_found(desk: Desk, missing: int) -> None:
+    for verb in (
+        desk.service.get_model,
+        desk.service.get_config,
+        desk.service.get_job,
+        desk.service.get_task,
+        desk.service.read_proof,
+        desk.service.stop_job,
+    ):
+        with pytest.raises(NotFound, match="There is no"):
+            verb(missing)
+
+
+def test_lists_come_newest_first_in_portions(desk: Desk) -> None:
+    for _ in range(4):
+        desk.service.add_model({"uri": "demo:digits"})
+    assert [model["id"] for model in desk.service.list_models(limit=2)] == [5, 4]
+    assert [model["id"] for model in desk.service.list_models(limit=2, before=4)] == [3, 2]
+
+
+def test_a_model_in_use_is_not_deleted(desk: Desk) -> None:
+    desk.launch()
+    with pytest.raises(Conflict, match="used by 1 job"):
+        desk.service.delete_model(1)
+    desk.service.delete_job(1)
+    desk.service.save_config({"model_id": 1, **FREEZE_BODY})
+    desk.service.delete_model(1)
+    assert desk.service.list_models() == desk.service.list_configs() == []
+    assert not (desk.data_dir / "graphs" / "1.json").exists()
+
+
+def test_a_saved_config_is_expanded_and_comes_back(desk: Desk) -> None:
+    saved = desk.service.save_config({"model_id": 1, "name": "body", **FREEZE_BODY})
+    assert saved["frozen"] == list(NAMES[:2])
+    assert saved["trainable"] == list(NAMES[2:])
+    assert saved["model"] == {"uri": "demo:digits", "fingerprint": GRAPH.fingerprint}
+    assert desk.service.get_config(saved["id"]) == saved
+    listed = desk.service.list_configs(model_id=1)[0]
+    assert (listed["frozen_count"], listed["trainable_count"]) == (2, 1)
+    assert "frozen" not in listed
+    replaced = desk.service.replace_config(saved["id"], {**saved, "rules": []})
+    assert replaced["frozen"] == []
+    desk.service.delete_config(saved["id"])
+    assert desk.service.list_configs() == []
+
+
+def test_a_download_can_be_imported_again(desk: Desk) -> None:
+    saved = desk.service.save_config({"model_id": 1, "name": "a/b c", **FREEZE_BODY})
+    filename, media_type, text = desk.service.download_config(saved["id"])
+    assert (filename, media_type) == ("a-b-c.json", "application/json")
+    assert desk.service.import_config(1, json.loads(text))["rules"] == FREEZE_BODY["rules"]
+    filename, _, code = desk.service.download_config(saved["id"], "python")
+    assert filename == "a_b_c.py"
+    compile(code, filename, "exec")
+
+
+def test_an_import_that_differs_asks_whether_rules_or_names_count(desk: Desk) -> None:
+    document = {"rules": [], "frozen": ["head.weight"], "trainable": list(NAMES[:2])}
+    with pytest.raises(Conflict) as error:
+        desk.service.import_config(1, document)
+    assert error.value.extra["differing"]["frozen"] == ["head.weight"]
+    assert desk.service.list_configs() == []
+    assert desk.service.import_config(1, document, "rules")["frozen"] == []
+    assert desk.service.import_config(1, document, "names")["frozen"] == ["head.weight"]
+
+
+# jobs
+
+
+def test_a_job_is_queued_with_everything_resolved(desk: Desk) -> None:
+    job = desk.service.get_job(desk.launch(name="first", training={"epochs": 2}))
+    assert job["state"] == "queued"
+    assert (job["name"], job["attempt"], job["step"], job["error"]) == ("first", 0, 0, None)
+    assert job["training"]["epochs"] == 2
+    assert job["training"]["batch_size"] >= 1
+    assert job["config"]["frozen_count"] == 2
+    assert desk.service.read_job_config(1)["frozen"] == list(NAMES[:2])
+    assert desk.service.read_proof(1)["verdict"] == "pending"
+
+
+def test_every_fault_of_a_job_is_told_at_once(desk: Desk) -> None:
+    with pytest.raises(InvalidDocument) as error:
+        desk.service.launch_job(
+            {
+                "modelid": 1,
+                "kind": "dance",
+                "dataset": {"uri": "demo:nothing"},
+                "training": {"lr": -1},
+                "name": 3,
+            }
+        )
+    assert set(faults(error)) == {
+        "modelid", "kind", "model_id", "dataset.uri", "training.lr", "name"
+    }  # fmt: skip
+
+
+def test_a_bad_rule_is_found_below_config(desk: Desk) -> None:
+    with pytest.raises(InvalidDocument) as error:
+        desk.launch(config={"rules": [{"action": "melt", "match": "body"}]})
+    assert list(faults(error)) == ["config.rules.0.action"]
+
+
+@pytest.mark.parametrize(
+    ("more", "at"),
+    [
+        ({"config": None}, "config"),
+        ({"config": 77}, "config"),
+        ({"config": "body"}, "config"),
+        ({"model_id": 77}, "model_id"),
+        ({"model_id": True}, "model_id"),
+        ({"training": {"device": "cuda:7"}}, "training.device"),
+        ({"config": {"rules": [{"action": "freeze", "match": "**"}]}}, "config"),
+    ],
+)
+def test_what_cannot_be_launched_is_refused(desk: Desk, more: Mapping[str, Any], at: str) -> None:
+    with pytest.raises(InvalidDocument) as error:
+        desk.launch(**more)
+    assert list(faults(error)) == [at]
+    assert desk.service.list_jobs() == []
+
+
+def test_with_nothing_trainable_an_evaluation_is_offered_and_accepted(desk: Desk) -> None:
+    frozen = {"rules": [{"action": "freeze", "match": "**"}]}
+    with pytest.raises(InvalidDocument, match="start an evaluation"):
+        desk.launch(config=frozen)
+    assert desk.service.get_job(desk.launch(config=frozen, kind="evaluate"))["state"] == "queued"
+
+
+def test_stopping_twice_is_the_same_as_once(desk: Desk) -> None:
+    desk.launch()
+    assert desk.service.stop_job(1)["state"] == "stopped"
+    assert desk.service.stop_job(1)["state"] == "stopped"
+    desk.launch()
+    desk.begin(2)
+    assert desk.service.stop_job(2)["state"] == "stopping"
+    assert desk.service.stop_job(2)["state"] == "stopping"
+    desk.end(2, "succeeded")
+    with pytest.raises(Conflict) as error:
+        desk.service.stop_job(2)
+    assert error.value.extra == {"state": "succeeded"}
+
+
+def test_a_job_is_held_and_goes_on(desk: Desk) -> None:
+    desk.launch()
+    with pytest.raises(Conflict):
+        desk.service.pause_job(1)
+    desk.begin(1)
+    assert desk.service.pause_job(1)["pause"] == "hold"
+    desk.tell(1, Record(1, 1, "state", {"state": "paused", "seq": 1}))
+    assert desk.state() == "paused"
+    assert desk.service.resume_job(1)["state"] == "paused"  # until the loop says so
+    desk.tell(1, Record(1, 2, "state", {"state": "running", "seq": 2}))
+    assert desk.state() == "running"
+    with pytest.raises(InvalidDocument, match="hold"):
+        desk.service.pause_job(1, "nap")
+
+
+def test_a_released_job_waits_for_its_turn_and_can_be_stopped(desk: Desk) -> None:
+    desk.launch()
+    desk.begin(1)
+    desk.service.pause_job(1, "release")
+    desk.end(1, "released")
+    assert desk.state() == "paused"
+    assert desk.service.resume_job(1)["state"] == "queued"
+    assert desk.service.resume_job(1)["state"] == "queued"
+    desk.begin(1)
+    desk.service.pause_job(1, "release")
+    desk.end(1, "released")
+    assert desk.service.stop_job(1)["state"] == "stopped"
+
+
+def test_an_ended_job_resumes_with_changes(desk: Desk) -> None:
+    desk.launch(training={"epochs": 1})
+    desk.begin(1)
+    with pytest.raises(Conflict):
+        desk.service.resume_job(1, {"training": {"epochs": 5}})
+    desk.end(1, "succeeded")
+    job = desk.service.resume_job(1, {"config": {}, "training": {"epochs": 5}})
+    assert job["state"] == "queued"
+    assert job["training"]["epochs"] == 5
+    assert job["config"]["frozen_count"] == 0
+    assert desk.service.read_job_config(1)["frozen"] == []
+
+
+def test_resuming_with_another_config_needs_requires_grad(desk: Desk) -> None:
+    desk.launch()
+    desk.service.stop_job(1)
+    with pytest.raises(InvalidDocument, match="needs the mechanism 'requires_grad'"):
+        desk.service.resume_job(1, {"config": {"mechanism": "zero_lr"}})
+
+
+def test_a_job_is_renamed_and_removed_with_what_lies_on_disk(desk: Desk) -> None:
+    desk.launch()
+    assert desk.service.edit_job(1, {"notes": "good"})["notes"] == "good"
+    with pytest.raises(InvalidDocument, match="nearest is 'name'"):
+        desk.service.edit_job(1, {"nam": "x"})
+    folder = desk.data_dir / "jobs" / "1"
+    folder.mkdir(parents=True)
+    desk.begin(1)
+    with pytest.raises(Conflict, match="Stop it first"):
+        desk.service.delete_job(1)
+    desk.end(1, "succeeded")
+    desk.service.delete_job(1)
+    assert desk.service.list_jobs() == []
+    assert list(folder.parent.iterdir()) == []
+
+
+def test_checkpoints_are_listed_served_and_deleted(desk: Desk) -> None:
+    desk.launch()
+    path = job_folder.checkpoint_path(desk.data_dir / "jobs" / "1", 5)
+    path.mkdir(parents=True)
+    (path / "model.safetensors").write_bytes(b"tensors")
+    (path.parent / ".step-000000007.tmp").mkdir()
+    (checkpoint,) = desk.service.list_checkpoints(1)
+    assert (checkpoint["step"], checkpoint["bytes"]) == (5, 7)
+    assert desk.service.checkpoint_file(1, 5).read_bytes() == b"tensors"
+    desk.begin(1)
+    with pytest.raises(Conflict):
+        desk.service.delete_checkpoint(1, 5)
+    desk.end(1, "succeeded")
+    desk.service.delete_checkpoint(1, 5)
+    with pytest.raises(NotFound, match="no checkpoint of step 5"):
+        desk.service.checkpoint_file(1, 5)
+
+
+# samples and news
+
+START = {"layers": ["body", "=head"], "step": 0, "total_steps": 9, "warnings": []}
+
+
+def loss(sequence: int, step: int) -> Record:
+    payload = {"step": step, "epoch": 0.0, "values": {"loss": float(step)}, "step_ms": 1.0}
+    return Record(1, sequence, "metrics", payload)
+
+
+def stats(sequence: int, step: int) -> Record:
+    column = {name: [1.0, 2.0] for name in ("grad_norm", "update_norm", "weight_norm")}
+    return Record(1, sequence, "layers", {"step": step, **column})
+
+
+def test_layers_are_chosen_by_glob(desk: Desk) -> None:
+    desk.launch()
+    desk.begin(1)
+    desk.tell(1, Record(1, 1, "start", START), stats(2, 1))
+    answer = desk.service.read_layers(1, match="bod*")
+    assert answer == {"layers": ["body"], "steps": [1], "values": [[1.0]]}
+    for bad in ({"stat": "loss"}, {"reduce": "mean"}, {"match": "{"}):
+        with pytest.raises(InvalidDocument):
+            desk.service.read_layers(1, **bad)
+
+
+def test_an_export_has_every_sample_and_no_formula(desk: Desk) -> None:
+    desk.launch()
+    desk.begin(1)
+    desk.tell(1, Record(1, 1, "start", START), loss(2, 1), stats(3, 1))
+    _, _, pieces = desk.service.export_job(1, "csv")
+    lines = b"".join(pieces).decode().splitlines()
+    assert lines[:2] == ["step,layer,name,value", "1,,loss,1.0"]
+    assert "1,'=head,grad_norm,2.0" in lines
+    _, _, pieces = desk.service.export_job(1, "json")
+    document = json.loads(b"".join(pieces))
+    assert document["job"]["id"] == 1
+    assert len(document["samples"]) == 7
+    with pytest.raises(InvalidDocument):
+        desk.service.export_job(1, "xlsx")
+
+
+def test_news_tell_everything_once_and_the_end_last(desk: Desk) -> None:
+    desk.launch()
+    desk.begin(1)
+    log = desk.data_dir / "jobs" / "1" / "attempts" / "1" / "log.txt"
+    log.parent.mkdir(parents=True)
+    log.write_bytes(b"caf\xc3")  # half a character
+    desk.tell(1, Record(1, 1, "start", START), loss(2, 1), stats(3, 1))
+    events, cursor, finished = desk.service.news(1, None)
+    assert [name for name, _, _ in events] == ["metrics", *["layers"] * 3, "log", "state"]
+    assert events[0][1] == {"loss": {"steps": [1], "min": [1.0], "max": [1.0], "values": [1.0]}}
+    assert events[1][1] == {
+        "stat": "grad_norm", "layers": ["body", "=head"], "steps": [1], "values": [[1.0], [2.0]]
+    }  # fmt: skip
+    assert events[-2][1] == {"text": "caf"}
+    assert events[-1][2] == cursor
+    assert not finished
+    assert desk.service.news(1, cursor)[0] == []
+    log.write_bytes("café".encode())
+    desk.tell(1, Record(1, 4, "proof", {"verdict": "holds", "step": 1}), loss(5, 2))
+    desk.end(1, "succeeded")
+    events, cursor, finished = desk.service.news(1, cursor)
+    assert [name for name, _, _ in events] == ["metrics", "proof", "log", "state"]
+    assert events[2][1] == {"text": "é"}
+    assert events[3][1]["state"] == "succeeded"
+    assert finished
+    assert desk.service.news(1, cursor) == ([], cursor, True)
+    assert desk.service.news(1, "now") == ([], cursor, True)
+
+
+def test_news_go_on_from_any_event_and_survive_a_nonsense_cursor(desk: Desk) -> None:
+    desk.launch()
+    desk.begin(1)
+    desk.tell(1, Record(1, 1, "start", START), loss(2, 1), stats(3, 1))
+    events, _, _ = desk.service.news(1, None)
+    names = [name for name, _, _ in events]
+    assert [name for name, _, _ in desk.service.news(1, events[0][2])[0]] == names[1:]
+    for nonsense in ("", "x", "1.2", "9" * 400, "1.2.3.4.5.x", "-5.0.0.0.0.0"):
+        assert [name for name, _, _ in desk.service.news(1, nonsense)[0]] == names
+
+
+def test_after_a_resume_the_steps_that_were_superseded_come_again(desk: Desk) -> None:
+    desk.launch()
+    desk.begin(1)
+    desk.tell(1, Record(1, 1, "start", START), *(stats(n + 1, n) for n in range(1, 6)))
+    _, cursor, _ = desk.service.news(1, None)
+    desk.end(1, "interrupted")
+    desk.service.resume_job(1)
+    desk.begin(1, resume_step=3)
+    desk.tell(1, Record(2, 1, "start", {**START, "step": 3}), stats(2, 4))
+    events, _, _ = desk.service.news(1, cursor)
+    assert next(data for name, data, _ in events if name == "layers")["steps"] == [4]
+
+
+def test_news_of_all_jobs_are_their_newest_states(desk: Desk) -> None:
+    desk.launch()
+    desk.launch()
+    events, cursor, finished = desk.service.news(None, None)
+    assert [(name, data["id"]) for name, data, _ in events] == [("state", 1), ("state", 2)]
+    assert not finished
+    assert desk.service.news(None, "now") == ([], cursor, False)
+    desk.service.stop_job(1)
+    events, _, _ = desk.service.news(None, cursor)
+    assert [(data["id"], data["state"]) for _, data, _ in events] == [(1, "stopped")]
+
+
+# logins
+
+
+def test_a_link_is_good_once_and_only_digests_are_kept(desk: Desk) -> None:
+    link = desk.service.make_link()
+    assert desk.service.link_is_good(link)
+    session = desk.service.use_link(link)
+    assert session is not None
+    assert not desk.service.link_is_good(link)
+    assert desk.service.use_link(link) is None
+    assert desk.service.check_session(session)
+    assert not desk.service.check_session(link)
+    assert desk.service.use_link(session) is None
+    assert desk.service.check_session(session)
+    with desk.db.read() as reader:
+        kept = str(reader.connection().exec_driver_sql("SELECT * FROM login").all())
+    assert link not in kept
+    assert session not in kept
+    desk.service.end_session(session)
+    assert not desk.service.check_session(session)
+
+
+def test_the_server_reports_itself(desk: Desk) -> None:
+    assert desk.service.health()["workers"] == 1
+    report = desk.service.system_report()
+    assert report["jobs"] == {}
+    assert report["database_bytes"] > 0
+    json.dumps(report)

@@ -1,0 +1,457 @@
+"""The runner, tick by tick, against a keeper whose workers are played by the test itself."""
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from sqlmodel import Session
+
+from app.freezing.graph import ModelGraph, Module, Parameter
+from app.jobs import folder as job_folder
+from app.jobs.devices import Device
+from app.jobs.runner import CHECKPOINT_SECONDS, START_SECONDS, STOP_SECONDS, Runner
+from app.service import Service
+from app.settings import Settings
+from app.store.db import Database
+from app.store.tables import Attempt, Job, Model, Task
+
+CPU = Device("cpu", "silly", "cpu", 2**30, "")
+GPUS = tuple(Device(f"cuda:{n}", "silly GPU", "cuda", 2**34, str(n + 4)) for n in range(2))
+GRAPH = ModelGraph(
+    modules=(Module("", "Sequential", 0), Module("0", "Linear", 1, ("0.weight",))),
+    parameters=(Parameter("0.weight", (2, 2), "float32", 4, 16, True, True),),
+)
+
+
+class SillyKeeper:
+    """Starts nobody and notes everything; its pids belong to no process."""
+
+    def __init__(self) -> None:
+        self.started: list[tuple[Path, int, dict[str, str]]] = []
+        self.signals: list[int] = []
+        self.is_broken = False
+
+    def ready(self) -> bool:
+        return True
+
+    def start(
+        self, folder: Path, attempt: int, environment: dict[str, str], python: str | None
+    ) -> int:
+        if self.is_broken:
+            raise RuntimeError("no more processes")
+        self.started.append((folder, attempt, environment))
+        return 2**22 + len(self.started)
+
+    def kill(self, pid: int, number: int) -> None:
+        assert pid > 2**22
+        self.signals.append(number)
+
+    def close(self) -> None:
+        pass
+
+
+class House:
+    """A store, a service and a runner around one silly keeper."""
+
+    def __init__(self, data_dir: Path, *devices: Device, **settings: Any) -> None:
+        self.settings = Settings(data_dir=data_dir, **settings)
+        self.db = Database(data_dir / "frostline.db")
+        self.keeper = SillyKeeper()
+        self.devices = (CPU, *devices)
+        self.runner = self.new_runner()
+        self.service = Service(self.settings, self.db, self.runner)
+        self.now = 1000.0
+        self.locks: list[int] = []
+
+    def new_runner(self) -> Runner:
+        return Runner(self.settings, self.db, lambda: self.keeper, self.devices)
+
+    def tick(self, seconds: float = 0.1) -> bool:
+        self.now += seconds
+        return self.runner.tick(self.now)
+
+    def add_model(self) -> None:
+        self.service.add_model({"uri": "demo:digits"})
+        self.db.write(ready)
+        path = self.settings.data_dir / "graphs" / "1.json"
+        path.parent.mkdir()
+        job_folder.write_document(path, GRAPH.to_document())
+
+    def launch(self, **training: Any) -> int:
+        document = {"model_id": 1, "config": {}, "dataset": {"uri": "demo:digits"}}
+        return int(self.service.launch_job({**document, "training": training})["id"])
+
+    def job(self, job_id: int = 1) -> dict[str, Any]:
+        return self.service.get_job(job_id)
+
+    def directory(self, job_id: int = 1, attempt: int = 1) -> Path:
+        return self.settings.data_dir / "jobs" / str(job_id) / "attempts" / str(attempt)
+
+    def play_start(
+        self, job_id: int = 1, attempt: int = 1, step: int = 0
+    ) -> job_folder.SpoolWriter:
+        """Do what a worker does first."""
+        directory = self.directory(job_id, attempt)
+        self.locks.append(job_folder.hold_lock(directory))
+        spool = job_folder.SpoolWriter(directory / "telemetry.spool", attempt)
+        spool.append("start", {"layers": ["0"], "step": step, "total_steps": 9, "warnings": []})
+        spool.append("state", {"state": "running", "seq": 0})
+        return spool
+
+    def play_end(self, code: int | None = 0, signal_number: int | None = None, **of: int) -> None:
+        """Let the worker's process be gone, as the keeper sees it."""
+        job_folder._held.remove(lock := self.locks.pop())
+        os.close(lock)
+        job_folder.write_exit(self.directory(**of), code=code, signal_number=signal_number)
+
+
+def ready(session: Session) -> None:
+    model, task = session.get_one(Model, 1), session.get_one(Task, 1)
+    model.state, task.state = "ready", "succeeded"
+    session.add_all([model, task])
+
+
+def loss(step: int) -> dict[str, Any]:
+    return {"step": step, "epoch": step / 10, "values": {"loss": 1.0}, "step_ms": 1.0}
+
+
+@pytest.fixture
+def deaf_worker() -> Iterator[Callable[[Path], subprocess.Popen[bytes]]]:
+    """Makes a real process that holds an attempt and heeds nothing."""
+    with contextlib.ExitStack() as stack:
+
+        def make(directory: Path) -> subprocess.Popen[bytes]:
+            code = (
+                "import sys; from pathlib import Path; from app.jobs.folder import hold_lock;"
+                "hold_lock(Path(sys.argv[1])); print(flush=True); sys.stdin.read()"
+            )
+            worker = stack.enter_context(
+                subprocess.Popen(
+                    [sys.executable, "-c", code, str(directory)],
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    start_new_session=True,
+                )
+            )
+            stack.callback(worker.kill)
+            assert worker.stdout is not None
+            worker.stdout.readline()
+            return worker
+
+        yield make
+
+
+@pytest.fixture
+def house(tmp_path: Path) -> Iterator[House]:
+    made = House(tmp_path)
+    made.add_model()
+    yield made
+    made.db.close()
+    for lock in made.locks:
+        job_folder._held.remove(lock)
+        os.close(lock)
+
+
+def test_a_job_goes_from_the_queue_to_its_end(house: House) -> None:
+    house.tick()  # finds the keeper
+    house.launch()
+    house.tick()
+    assert house.job()["state"] == "starting"
+    assert house.keeper.started == [
+        (
+            house.directory().parent.parent,
+            1,
+            {"CUDA_DEVICE_ORDER": "PCI_BUS_ID", "CUDA_VISIBLE_DEVICES": ""},
+        )
+    ]
+    spec = job_folder.read_spec(house.directory().parent.parent)
+    assert spec["config"]["trainable"] == ["0.weight"]
+    assert spec["threads"] >= 1
+    spool = house.play_start()
+    spool.append("metrics", loss(1))
+    assert house.tick()
+    assert house.job()["state"] == "running"
+    assert house.job()["step"] == 1
+    assert house.job()["worker_pid"] == 2**22 + 1
+    spool.append("metrics", loss(2))
+    spool.close()
+    job_folder.write_result(house.directory(), "succeeded", 2)
+    house.play_end()
+    house.tick()
+    assert house.job()["state"] == "succeeded"
+    assert house.job()["worker_pid"] is None
+    assert house.service.read_metrics(1)["loss"]["steps"] == [1, 2]
+    assert not house.tick()
+
+
+def test_slots_are_kept_and_the_queue_is_fair(house: House) -> None:
+    house.tick()
+    first, second = house.launch(), house.launch()
+    house.tick()
+    assert [house.job(n)["state"] for n in (first, second)] == ["starting", "queued"]
+    assert house.runner.slots()["cpu"] == {"total": 1, "busy": 1}
+    house.play_start().close()
+    job_folder.write_result(house.directory(), "succeeded", 0)
+    house.play_end()
+    house.tick()
+    assert [house.job(n)["state"] for n in (first, second)] == ["succeeded", "starting"]
+
+
+def test_each_gpu_is_one_slot_and_a_worker_sees_its_own_alone(tmp_path: Path) -> None:
+    house = House(tmp_path, *GPUS)
+    house.add_model()
+    house.tick()
+    jobs = [house.launch(device=name) for name in ("cuda:1", "auto", "cuda", "cpu")]
+    house.tick()
+    states = [house.job(job)["state"] for job in jobs]
+    assert states == ["starting", "starting", "queued", "starting"]
+    visible = [environment["CUDA_VISIBLE_DEVICES"] for _, _, environment in house.keeper.started]
+    assert visible == ["5", "4", ""]
+    devices = [
+        job_folder.read_attempt(folder / "attempts" / "1")["device"]
+        for folder, _, _ in house.keeper.started
+    ]
+    assert devices == ["cuda:0", "auto", "cpu"]
+    house.db.close()
+
+
+@pytest.mark.parametrize(
+    ("end", "state", "reason"),
+    [
+        ({"code": None, "signal_number": 9}, "interrupted", "killed"),
+        ({"code": 0}, "failed", "user_code"),
+        ({"code": 3}, "failed", "user_code"),
+    ],
+)
+def test_an_end_without_a_result_is_never_a_success(
+    house: House, end: dict[str, Any], state: str, reason: str
+) -> None:
+    house.tick()
+    house.launch()
+    house.tick()
+    spool = house.play_start()
+    spool.append("metrics", loss(7))
+    spool.close()
+    house.play_end(**end)
+    house.tick()
+    job = house.job()
+    assert job["state"] == state
+    assert job["error"]["reason"] == reason
+    assert "after step 7" in job["error"]["message"]
+    assert job["step"] == 7
+
+
+def test_a_failure_shows_what_the_worker_said(house: House) -> None:
+    house.tick()
+    house.launch()
+    house.tick()
+    house.play_start().close()
+    job_folder.write_result(
+        house.directory(), "failed", 0, reason="nonfinite", message="The loss is NaN."
+    )
+    house.play_end(code=1)
+    house.tick()
+    assert house.job()["state"] == "failed"
+    assert house.job()["error"] == {"reason": "nonfinite", "message": "The loss is NaN."}
+
+
+def test_a_stop_while_loading_asks_at_once_and_then_insists(house: House) -> None:
+    house.tick()
+    house.launch()
+    house.tick()
+    house.service.stop_job(1)
+    house.tick()
+    assert house.keeper.signals == [signal.SIGTERM]
+    wish = job_folder.WishReader(house.directory())
+    assert wish().state == "stop"
+    wish.close()
+    house.tick(STOP_SECONDS - 1)
+    assert house.keeper.signals == [signal.SIGTERM]
+    house.tick(1)
+    assert house.keeper.signals == [signal.SIGTERM, signal.SIGKILL]
+    job_folder.write_exit(house.directory(), code=None, signal_number=9)
+    house.tick()
+    assert house.job()["state"] == "stopped"
+    assert house.job()["error"] is None
+
+
+def test_a_stop_is_patient_with_a_checkpoint(house: House, deaf_worker: Any) -> None:
+    house.tick()
+    house.launch()
+    house.tick()
+    worker = deaf_worker(house.directory())
+    spool = job_folder.SpoolWriter(house.directory() / "telemetry.spool", 1)
+    spool.append("metrics", loss(1))
+    spool.close()
+    house.tick()
+    (house.directory().parent.parent / "checkpoints" / ".step-000000001.tmp").mkdir(parents=True)
+    house.service.stop_job(1)
+    house.tick()
+    house.tick(CHECKPOINT_SECONDS - 1)
+    assert worker.poll() is None
+    house.tick(1.1)
+    assert worker.wait() == -signal.SIGKILL
+
+
+def test_a_worker_without_progress_is_stalled(tmp_path: Path, deaf_worker: Any) -> None:
+    house = House(tmp_path, stall_seconds=60)
+    house.add_model()
+    house.tick()
+    house.launch()
+    house.tick()
+    worker = deaf_worker(house.directory())
+    house.tick(1)
+    house.tick(3000)  # the server itself was stopped: not the worker's fault
+    for _ in range(55):
+        house.tick(1)
+    assert worker.poll() is None
+    house.tick(5)
+    assert worker.wait() == -signal.SIGKILL
+    job_folder.write_exit(house.directory(), code=None, signal_number=9)
+    house.tick()
+    assert house.job()["state"] == "failed"
+    assert house.job()["error"]["reason"] == "stalled"
+    house.db.close()
+
+
+def test_a_new_runner_adopts_what_lives_and_loses_no_record(house: House) -> None:
+    house.tick()
+    house.launch()
+    house.tick()
+    spool = house.play_start()
+    spool.append("metrics", loss(1))
+    house.tick()
+    spool.append("metrics", loss(2))  # while no server is there
+    house.runner = house.new_runner()
+    house.tick(10_000)
+    assert house.job()["state"] == "running"
+    assert house.service.read_metrics(1)["loss"]["steps"] == [1, 2]
+    assert len(house.keeper.started) == 1
+    spool.close()
+
+
+def test_a_worker_that_nobody_saw_end_is_lost(house: House) -> None:
+    house.tick()
+    house.launch()
+    house.tick()
+    house.play_start().close()
+    house.tick()
+    job_folder._held.remove(lock := house.locks.pop())
+    os.close(lock)
+    house.tick()
+    assert house.job()["state"] == "running"  # the keeper's word may be on its way
+    house.tick(5)
+    assert house.job()["state"] == "interrupted"
+    assert house.job()["error"]["reason"] == "lost"
+
+
+def test_a_claim_without_a_folder_goes_back_to_the_queue(house: House) -> None:
+    from app.store import jobs
+
+    house.launch()
+    house.db.write(lambda s: jobs.start_attempt(s, s.get_one(Job, 1), "cpu", None))
+    house.tick()
+    assert house.job()["state"] == "queued"
+    house.tick()
+    assert house.job()["state"] == "starting"
+    assert house.job()["attempt"] == 2
+
+
+def test_a_folder_without_a_process_goes_back_to_the_queue(house: House) -> None:
+    house.tick()
+    house.launch()
+    house.tick()
+
+    def forget_pid(session: Session) -> None:
+        session.get_one(Attempt, (1, 1)).pid = None
+
+    house.db.write(forget_pid)
+    house.runner = house.new_runner()
+    house.tick()
+    house.tick(START_SECONDS)
+    house.tick()
+    assert house.job()["attempt"] == 2
+    assert house.job()["state"] == "starting"
+
+
+def test_a_keeper_that_cannot_start_fails_the_job_in_words(house: House) -> None:
+    house.tick()
+    house.keeper.is_broken = True
+    house.launch()
+    house.tick()
+    assert house.job()["state"] == "failed"
+    assert "no more processes" in house.job()["error"]["message"]
+
+
+def test_an_attempt_goes_on_from_the_newest_checkpoint(house: House) -> None:
+    house.tick()
+    house.launch()
+    house.tick()
+    house.play_start().close()
+    for step in (5, 10):
+        job_folder.checkpoint_path(house.directory().parent.parent, step).mkdir(parents=True)
+    job_folder.write_result(house.directory(), "released", 10)
+    house.play_end()
+    house.tick()
+    assert house.job()["state"] == "paused"
+    house.service.resume_job(1)
+    house.tick()
+    assert job_folder.read_attempt(house.directory(attempt=2))["resume_step"] == 10
+
+
+def test_an_inspection_makes_its_model_ready(tmp_path: Path) -> None:
+    house = House(tmp_path)
+    house.tick()
+    model = house.service.add_model({"uri": "demo:digits"})
+    house.tick()
+    folder, attempt, _ = house.keeper.started[0]
+    directory = folder / "attempts" / str(attempt)
+    job_folder.write_document(directory / "graph.json", GRAPH.to_document())
+    job_folder.write_result(directory, "succeeded", 0)
+    job_folder.write_exit(directory, code=0, signal_number=None)
+    house.tick()
+    model = house.service.get_model(model["id"])
+    assert model["state"] == "ready"
+    assert model["parameter_count"] == 4
+    assert model["fingerprint"] == GRAPH.fingerprint
+    assert house.service.read_graph(1) == GRAPH
+    assert house.service.get_task(model["task_id"])["state"] == "succeeded"
+    assert not folder.exists()
+    house.db.close()
+
+
+def test_a_failed_inspection_says_why_on_its_model(tmp_path: Path) -> None:
+    house = House(tmp_path)
+    house.tick()
+    house.service.add_model({"uri": "demo:digits"})
+    house.tick()
+    folder, attempt, _ = house.keeper.started[0]
+    directory = folder / "attempts" / str(attempt)
+    job_folder.write_result(directory, "failed", 0, reason="import_error", message="No timm.")
+    job_folder.write_exit(directory, code=1, signal_number=None)
+    house.tick()
+    assert house.service.get_model(1)["state"] == "failed"
+    assert house.service.get_model(1)["error"] == {"reason": "import_error", "message": "No timm."}
+    house.db.close()
+
+
+def test_a_model_deleted_while_it_is_inspected_ends_the_inspection(tmp_path: Path) -> None:
+    house = House(tmp_path)
+    house.tick()
+    house.service.add_model({"uri": "demo:digits"})
+    house.tick()
+    house.service.delete_model(1)
+    house.tick()
+    assert house.keeper.signals == [signal.SIGKILL]
+    folder = house.keeper.started[0][0]
+    job_folder.write_exit(folder / "attempts" / "1", code=None, signal_number=9)
+    house.tick()
+    assert house.service.get_task(1)["state"] == "stopped"
+    assert not folder.exists()
+    house.db.close()
