@@ -41,7 +41,9 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     given = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
     try:
         status = app(given, prog_name="frostline", standalone_mode=False)
-        sys.exit(1 if status else 0)  # typer answers 130 for Ctrl-C
+        if status:  # what typer makes of Ctrl-C
+            raise Failure("interrupted.")
+        sys.exit(0)
     except Exception as error:
         if "--debug" in given:
             raise
@@ -176,6 +178,8 @@ def serve(
         "insecure_http": insecure_http or None,
     }
     changes = {name: value for name, value in given.items() if value is not None}
+    if root_path:
+        changes["root_path"] = "/" + root_path.strip("/")
     settings = settings.model_copy(update=changes)
     try:
         check_exposure(settings)
@@ -278,6 +282,8 @@ def _read_config(
 def _read_json_file(file: Path) -> Document:
     try:
         document = json.loads(file.read_text("utf-8"))
+    except OSError as error:
+        raise Failure(f"Cannot read {file}: {error.strerror}.") from error
     except ValueError as error:
         raise Failure(f"{file} is not JSON: {error}.") from error
     if not isinstance(document, dict):

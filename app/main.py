@@ -17,7 +17,7 @@ from app.settings import Settings, read_token
 from app.store.db import Database
 from app.store.lock import DataFolderHeld, Holder, hold_data_folder, read_holder
 from app.web import api, errors, guard
-from app.web.pages import configs, jobs, login, models, system
+from app.web.pages import configs, jobs, login, models, patterns, system
 
 __all__ = ["DataFolderHeld", "Holder", "create_app", "read_holder"]
 
@@ -68,7 +68,7 @@ def create_app(settings: Settings) -> FastAPI:
     app.state.settings = settings
     errors.install(app)
     app.include_router(api.router)
-    for page in (login, models, configs, jobs, system):
+    for page in (login, models, configs, jobs, system, patterns):
         app.include_router(page.router)
     app.mount("/static", StaticFiles(directory=STATIC), name="static")
     guard.check_declared(app)

@@ -98,7 +98,7 @@ class Service:
         self._db = db
         self._runner = runner_status
         # A graph never changes once it is there, and ids are never given twice.
-        self._load_graph = lru_cache(maxsize=8)(self._load_graph_uncached)
+        self._load_graph = lru_cache(maxsize=4)(self._load_graph_uncached)
 
     # -------------------------------------------------------------------------------- models
 

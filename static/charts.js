@@ -65,7 +65,7 @@ class Chart {
     const series = [{ label: "step", value: (plot, value) => value ?? plot.data[0].at(-1) ?? "–" }];
     const bands = [];
     this.lines.forEach((line, i) => {
-      const color = css(SERIES[i % SERIES.length]);
+      const color = css(SERIES[line.color ?? i % SERIES.length]);
       const first = series.length;
       for (const edge of ["max", "min"]) series.push({ label: `${line.label} ${edge}`, stroke: color + "55", width: 1, points: { show: false }, spanGaps: true, class: "edge" });
       series.push({ label: line.label, stroke: color, width: 1.5, spanGaps: true, points: { show: line.steps.length < 30, size: 4, fill: color }, value: read });
@@ -133,8 +133,16 @@ export function startCharts(section) {
       if (only && key !== only) continue;
       parent.querySelector(".waiting")?.remove();
       if (!charts.has(key)) charts.set(key, new Chart(parent, TITLES[key] ?? key, (range) => zoom(key, range)));
-      charts.get(key).show(names.map((name) => ({ label: label(name), ...shown[name] })));
+      charts.get(key).show(names.map((name) => ({ label: label(name), color: colorOf(label(name)), ...shown[name] })));
     }
+  }
+
+  // A set keeps its colour in every panel.
+  const sets = ["training", "held out"];
+  function colorOf(set) {
+    if (set === "each step") return 0;
+    if (!sets.includes(set)) sets.push(set);
+    return sets.indexOf(set) % SERIES.length;
   }
 
   async function zoom(key, range) {

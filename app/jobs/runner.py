@@ -2,6 +2,7 @@
 
 import errno
 import logging
+import math
 import signal
 import threading
 from collections.abc import Callable
@@ -29,13 +30,19 @@ STOP_SECONDS = 5.0  # patience with a worker that is to stop, beside two of its 
 CHECKPOINT_SECONDS = 30.0
 EXIT_SECONDS = 2.0  # between the end of a worker and the keeper's word about it
 START_SECONDS = 60.0  # between the start of a process and its taking the attempt's lock
-RECONNECT_SECONDS = 30.0
+RECONNECT_SECONDS = 5.0
 TASK_SLOTS = 1
 MAX_PORTIONS = 8  # of a spool in one tick, so that a backlog does not keep others waiting
 
 
 class Keeper(Protocol):
-    """What the runner needs of the process that starts workers."""
+    """What the runner needs of the process that starts workers; it may raise RuntimeError.
+
+    Attributes:
+        trouble: why it is not there, None while nothing is known to be wrong.
+    """
+
+    trouble: str | None
 
     def ready(self) -> bool: ...
     def start(
@@ -49,7 +56,6 @@ class Keeper(Protocol):
 class Watch:
     """What the runner remembers of one live attempt; all of it can be forgotten by a restart."""
 
-    since: float
     progress_at: float
     told_seq: int = -1
     unheld_at: float | None = None
@@ -80,7 +86,8 @@ class Runner:
         self._connect = connect
         self._devices = find_devices() if devices is None else devices
         self._keeper: Keeper | None = None
-        self._keeper_since = -RECONNECT_SECONDS
+        self._connect_at = -math.inf
+        self._is_ready = False
         self._keeper_error: str | None = None
         self._watches: dict[Path, Watch] = {}
         self._troubles: dict[str, str] = {}
@@ -110,7 +117,7 @@ class Runner:
         self._wanted.set()
 
     def tick(self, now: float) -> bool:
-        """Do everything that can be done now; whether anything is alive.
+        """Do everything that can be done now; whether something is alive or about to be.
 
         Args:
             now: seconds on a monotonic clock.
@@ -123,9 +130,10 @@ class Runner:
             self._guarded(f"job {job.id}", partial(self._attend_job, job, attempt, now))
         for task in tasks:
             self._guarded(f"task {task.id}", partial(self._attend_task, task, now))
-        started = self._reach_keeper(now) and self._start_queued(now)
+        self._is_ready = self._reach_keeper(now)
+        started = self._is_ready and self._start_queued(now)
         self._count_busy()
-        return bool(live or tasks or started)
+        return bool(live or tasks or started or not self._is_ready)
 
     def _guarded(self, what: str, attend: Callable[[], None]) -> None:
         try:
@@ -174,8 +182,7 @@ class Runner:
 
     def keeper(self) -> dict[str, Any]:
         """Whether workers can be started, and why not."""
-        is_ready = self._keeper is not None and self._keeper.ready()
-        return {"ready": is_ready, "error": self._keeper_error}
+        return {"ready": self._is_ready, "error": self._keeper_error}
 
     def _slots_of(self, device: Device) -> int:
         return self._settings.cpu_slots if device.kind == "cpu" else 1
@@ -190,20 +197,19 @@ class Runner:
         self._busy = busy
 
     def _reach_keeper(self, now: float) -> bool:
-        if self._keeper is not None and self._keeper.ready():
-            self._keeper_since = now
-            return True
-        if now - self._keeper_since >= RECONNECT_SECONDS:
-            self._keeper_since = now
+        """Whether workers can be started now. A keeper that is found sees to its own life."""
+        if self._keeper is None and now >= self._connect_at:
+            self._connect_at = now + RECONNECT_SECONDS
             try:
-                if self._keeper is not None:
-                    self._keeper.close()
                 self._keeper = self._connect()
-                self._keeper_error = None
             except (RuntimeError, OSError) as error:
-                self._keeper, self._keeper_error = None, str(error)
+                self._keeper_error = str(error)
                 logger.error("Workers cannot be started: %s", error)
-        return False
+        if self._keeper is None:
+            return False
+        is_ready = self._keeper.ready()
+        self._keeper_error = None if is_ready else self._keeper.trouble
+        return is_ready
 
     # ------------------------------------------------------------------------------ starting
 
@@ -247,7 +253,7 @@ class Runner:
             return
         wanted = job.spec["training"]["device"]
         directory = self._directory(job, attempt)
-        self._watches[directory] = Watch(now, now)
+        self._watches[directory] = Watch(now)
         try:
             job_folder.write_spec(folder, {**job.spec, "config": job.config})
             job_folder.prepare_attempt(
@@ -284,7 +290,7 @@ class Runner:
 
         self._db.write(lambda s: change(s, state="running", started_at=utc_now()))
         directory = folder / "attempts" / "1"
-        self._watches[directory] = Watch(now, now)
+        self._watches[directory] = Watch(now)
         try:
             job_folder.write_spec(folder, task.spec)
             job_folder.prepare_attempt(
@@ -309,7 +315,7 @@ class Runner:
 
     def _attend_job(self, job: Job, attempt: Attempt, now: float) -> None:
         directory = self._directory(job, attempt)
-        watch = self._watches.setdefault(directory, Watch(now, now))
+        watch = self._watches.setdefault(directory, Watch(now))
         if not directory.is_dir():  # a crash between the claim and the folder
             self._settle_job(job, attempt, directory, watch)
             return
@@ -418,7 +424,7 @@ class Runner:
     def _attend_task(self, task: Task, now: float) -> None:
         folder = files.task_folder(self._settings.data_dir, _id(task))
         directory = folder / "attempts" / "1"
-        watch = self._watches.setdefault(directory, Watch(now, now))
+        watch = self._watches.setdefault(directory, Watch(now))
         if directory.is_dir() and not self._has_ended(directory, task.pid, watch, now):
             if task.state == "stopping":
                 self._signal(directory, task.pid, signal.SIGKILL)
@@ -431,8 +437,8 @@ class Runner:
             try:
                 self._keep_graph(task, directory)
             except (ValueError, KeyError, TypeError) as error:
-                message = f"What the inspection found cannot be read: {error}"
-                self._db.write(lambda s: _end_task(s, task, "failed", "lost", message))
+                unread = f"What the inspection found cannot be read: {error}"
+                self._db.write(lambda s: _end_task(s, task, "failed", "lost", unread))
                 return
         elif result is None and ended is None and not job_folder.is_started(directory):
             self._db.write(lambda s: _requeue_task(s, task))  # a crash before the start
@@ -538,8 +544,10 @@ def _judge(
     has_stalled: bool,
 ) -> tuple[str, str | None, str | None]:
     """(outcome, reason, message) of an attempt that has ended."""
+    if result is not None and result["outcome"] == "failed":
+        return "failed", result["reason"], result["message"]
     if result is not None:
-        return result["outcome"], result["reason"], result["message"]
+        return result["outcome"], None, None
     if job is not None and job.wish == "stop":
         return "stopped", None, None
     if has_stalled:

@@ -34,6 +34,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import app
+from app.jobs import SLEEPING_THREADS
 from app.jobs import folder as job_folder
 
 # torch._dynamo is what the first optimizer of a process would import, for two seconds.
@@ -74,11 +75,12 @@ _FAULTS = (OSError, ValueError, KeeperError)
 
 def allowed_environment(environment: Mapping[str, str]) -> dict[str, str]:
     """The part of an environment that a worker may see."""
-    return {
+    allowed = {
         name: value
         for name, value in environment.items()
         if name in ALLOWED_NAMES or name.startswith(ALLOWED_PREFIXES)
     }
+    return dict([SLEEPING_THREADS]) | allowed
 
 
 def _version() -> list[str]:

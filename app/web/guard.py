@@ -6,11 +6,13 @@ import asyncio
 import hmac
 import ipaddress
 from collections.abc import Iterator
+from typing import Annotated
 from urllib.parse import urlsplit
 
-from fastapi import FastAPI, HTTPException, Request
+from fastapi import Depends, FastAPI, HTTPException, Request
 from fastapi.dependencies.models import Dependant
 from fastapi.routing import iter_route_contexts
+from fastapi.security import HTTPBearer
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -39,7 +41,11 @@ async def anyone() -> None:
     """Declares a route open to whoever reaches the server."""
 
 
-def signed_in(request: Request) -> None:
+# Only for the OpenAPI description: `signed_in` reads the header itself.
+_BEARER = HTTPBearer(auto_error=False)
+
+
+def signed_in(request: Request, _described: Annotated[object, Depends(_BEARER)]) -> None:
     """Declares a route open to the bearer of the token, and to a browser that has logged in.
 
     Raises:

@@ -260,6 +260,11 @@ def test_what_cannot_be_launched_is_a_422_that_names_the_field(
 def test_the_interface_describes_itself(api: httpx2.Client) -> None:
     paths = ask(api, "GET", "/openapi.json", 200)["paths"]
     assert {"/api/models/{model_id}/plan", "/api/jobs/{job_id}/freeze"} <= set(paths)
+    assert "202" in paths["/api/models"]["post"]["responses"]
+    assert "204" in paths["/api/jobs/{job_id}"]["delete"]["responses"]
+    assert "4XX" in paths["/api/jobs"]["get"]["responses"]
+    assert paths["/api/jobs"]["get"]["security"] == [{"HTTPBearer": []}]
+    assert "security" not in paths["/api/health"]["get"]
     page = api.get("/docs")
     assert page.status_code == 200
     assert "/api/jobs/{job_id}/freeze" in page.text

@@ -5,6 +5,14 @@ from fastapi import APIRouter
 from app.web import stream
 from app.web.api import configs, docs, health, jobs, models, tasks
 
-router = APIRouter(prefix="/api")
+router = APIRouter(
+    prefix="/api",
+    responses={
+        "4XX": {
+            "description": "A refusal, in words (RFC 9457).",
+            "content": {"application/problem+json": {"schema": {"type": "object"}}},
+        }
+    },
+)
 for part in (health, models, configs, jobs, tasks, docs, stream):
     router.include_router(part.router)

@@ -12,7 +12,7 @@ from app.web.guard import signed_in
 router = APIRouter(prefix="/configs", tags=["configs"], dependencies=[Depends(signed_in)])
 
 
-@router.post("", openapi_extra=takes(model_id=1, name="late layers", rules=RULES))
+@router.post("", status_code=201, openapi_extra=takes(model_id=1, name="late layers", rules=RULES))
 def save_config(service: Verbs, body: Body) -> Answer:
     """Save a freeze config for a model."""
     return Answer(service.save_config(body), 201)
@@ -38,7 +38,7 @@ def replace_config(service: Verbs, config_id: Id, body: Body) -> Answer:
     return Answer(service.replace_config(config_id, body))
 
 
-@router.delete("/{config_id}")
+@router.delete("/{config_id}", status_code=204)
 def delete_config(service: Verbs, config_id: Id) -> Response:
     """Delete a freeze config; jobs keep their own copy."""
     service.delete_config(config_id)

@@ -20,7 +20,7 @@ def read_system(service: Verbs) -> Answer:
     return Answer(service.system_report())
 
 
-@router.post("/links", dependencies=[Depends(signed_in)])
+@router.post("/links", status_code=201, dependencies=[Depends(signed_in)])
 def make_link(request: Request, service: Verbs) -> Answer:
     """A new one-time login link."""
     return Answer({"url": f"{request.base_url}login?link={service.make_link()}"}, 201)

@@ -34,6 +34,7 @@ Stat = Literal["grad_norm", "update_norm", "weight_norm", "update_ratio"]
 
 @router.post(
     "",
+    status_code=201,
     openapi_extra=takes(model_id=1, config={"rules": RULES}, dataset={"uri": "demo:digits"}),
 )
 def launch_job(service: Verbs, body: Body) -> Answer:
@@ -59,7 +60,7 @@ def edit_job(service: Verbs, job_id: Id, body: Body) -> Answer:
     return Answer(service.edit_job(job_id, body))
 
 
-@router.delete("/{job_id}")
+@router.delete("/{job_id}", status_code=204)
 def delete_job(service: Verbs, job_id: Id) -> Response:
     """Delete an ended job with all that lies on disk."""
     service.delete_job(job_id)
@@ -69,13 +70,13 @@ def delete_job(service: Verbs, job_id: Id) -> Response:
 # ---------------------------------------------------------------------------------------- steering
 
 
-@router.post("/{job_id}/stop")
+@router.post("/{job_id}/stop", status_code=202)
 def stop_job(service: Verbs, job_id: Id) -> Answer:
     """Stop after the current step, with a checkpoint."""
     return Answer(service.stop_job(job_id), 202)
 
 
-@router.post("/{job_id}/pause", openapi_extra=takes(mode="hold"))
+@router.post("/{job_id}/pause", status_code=202, openapi_extra=takes(mode="hold"))
 def pause_job(service: Verbs, job_id: Id, body: OptionalBody) -> Answer:
     """Pause: `hold` keeps the model loaded, `release` frees the device."""
     unknown = sorted(body.keys() - {"mode"})
@@ -87,13 +88,13 @@ def pause_job(service: Verbs, job_id: Id, body: OptionalBody) -> Answer:
     return Answer(service.pause_job(job_id, mode), 202)
 
 
-@router.post("/{job_id}/resume", openapi_extra=takes())
+@router.post("/{job_id}/resume", status_code=202, openapi_extra=takes())
 def resume_job(service: Verbs, job_id: Id, body: OptionalBody) -> Answer:
     """Go on from a pause or from the newest checkpoint."""
     return Answer(service.resume_job(job_id, body), 202)
 
 
-@router.patch("/{job_id}/freeze", openapi_extra=takes(rules=RULES))
+@router.patch("/{job_id}/freeze", status_code=202, openapi_extra=takes(rules=RULES))
 def change_freeze(service: Verbs, job_id: Id, body: Body) -> Answer:
     """Change what is frozen in a running job, from its next step on."""
     return Answer(service.change_freeze(job_id, body), 202)
@@ -175,7 +176,7 @@ def download_checkpoint(service: Verbs, job_id: Id, step: StepId) -> Response:
     )
 
 
-@router.delete("/{job_id}/checkpoints/{step}")
+@router.delete("/{job_id}/checkpoints/{step}", status_code=204)
 def delete_checkpoint(service: Verbs, job_id: Id, step: StepId) -> Response:
     """Delete one checkpoint from disk."""
     service.delete_checkpoint(job_id, step)

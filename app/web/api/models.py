@@ -12,7 +12,7 @@ router = APIRouter(prefix="/models", tags=["models"], dependencies=[Depends(sign
 RULES = [{"action": "freeze", "match": "layer1.**"}]
 
 
-@router.post("", openapi_extra=takes(uri="demo:digits"))
+@router.post("", status_code=202, openapi_extra=takes(uri="demo:digits"))
 def add_model(service: Verbs, body: Body) -> Answer:
     """Add a model; a worker inspects it, and its `state` says when it is ready."""
     return Answer(service.add_model(body), 202)
@@ -30,7 +30,7 @@ def get_model(service: Verbs, model_id: Id) -> Answer:
     return Answer(service.get_model(model_id))
 
 
-@router.delete("/{model_id}")
+@router.delete("/{model_id}", status_code=204)
 def delete_model(service: Verbs, model_id: Id) -> Response:
     """Delete a model that no job uses."""
     service.delete_model(model_id)
@@ -49,7 +49,7 @@ def make_plan(service: Verbs, model_id: Id, body: Body) -> Answer:
     return Answer(service.make_plan(model_id, body))
 
 
-@router.post("/{model_id}/configs/import", openapi_extra=takes(rules=RULES))
+@router.post("/{model_id}/configs/import", status_code=201, openapi_extra=takes(rules=RULES))
 def import_config(
     service: Verbs,
     model_id: Id,

@@ -186,19 +186,22 @@ def show_plan(
 
 
 @router.get("/models/{model_id}/rows")
-def show_rows(request: Request, model_id: int, parent: int = 0) -> Response:
-    """What hangs directly below one module, or what a search finds, under the address's choice."""
+def show_rows(request: Request, model_id: int, parent: int | None = None) -> Response:
+    """What hangs below one module, what a search finds, or the whole tree, under the address."""
     service = service_of(request)
     choice = _read_choice(request, request.query_params.multi_items())
     graph = service.read_graph(model_id)
-    view = _build(request, model_id, choice)
-    if not choice.search and "parent" in request.query_params and 0 <= parent < len(graph.modules):
-        states = tree.read_states(
-            graph, service.make_plan(model_id, workbench.plan_request(choice))
-        )
+    states = tree.read_states(graph, service.make_plan(model_id, workbench.plan_request(choice)))
+    if choice.search:
+        rows, _ = tree.find_rows(graph, states, choice.search)
+    elif parent is None or not 0 <= parent < len(graph.modules):
+        opened = tree.first_open(graph) if choice.opened is None else choice.opened
+        rows = tree.list_rows(graph, states, opened)
+    else:
         opened = (choice.opened or frozenset()) | {parent}
         rows = tree.list_rows(graph, states, opened, parent)[1:]
-        view = WorkbenchView(shell=view.shell, model=view.model, tree=rows)
+    page, model = shell(request, "Rows", "models"), service.get_model(model_id)
+    view = WorkbenchView(page, model, tree=rows, address=choice.address())
     return render_block(request, "workbench.html", "rows", view)
 
 

@@ -213,7 +213,10 @@ def find_rows(graph: ModelGraph, states: TreeStates, text: str) -> tuple[list[Tr
     """Modules and parameters whose name contains `text`, or matches it as a glob; and how many."""
     shape = outline(graph)
     needle = text.casefold()
-    matches = compile_match(text) if any(c in text for c in "*?{") or ":" in text else None
+    try:
+        matches = compile_match(text) if any(mark in text for mark in "*?{:") else None
+    except ValueError:
+        matches = None  # half-typed: until it is whole it is searched for as plain text
     rows: list[TreeRow] = []
     found = 0
     for index, module in enumerate(graph.modules):
