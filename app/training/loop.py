@@ -197,6 +197,12 @@ class _Run:
         start = _describe_start(
             self.data, self.recipe, self.device, self.measure.layers, self.total_steps, self.step
         )
+        frozen = sum(self.freeze.frozen.values())
+        _say(
+            f"Training on {start['device_name']} from step {self.step} to {self.total_steps}: "
+            f"{len(self.freeze.frozen) - frozen} tensors trainable, {frozen} frozen, "
+            f"{start['train_size']} examples, {self.steps_per_epoch} steps an epoch."
+        )
         self.emit("start", start)
         self.emit("state", {"state": "running", "seq": self.wishes().seq})
         if self.earlier is None:
@@ -262,7 +268,7 @@ class _Run:
                 self.change_what_is_frozen()
             except InvalidDocument as error:
                 self.config = before
-                print(f"Live edit refused: {error}", flush=True)
+                _say(f"Live edit refused: {error}")
             document = config_document(self.config, self.freeze.graph)
             self.emit(
                 "freeze", {"step": self.step, "seq": edit.get("seq", wish.seq), "config": document}
@@ -279,10 +285,7 @@ class _Run:
         self.proof.follow(frozen, unfrozen)
         if self.recipe.compile:
             torch._dynamo.reset()
-        print(
-            f"From step {self.step + 1}: {len(frozen)} tensors frozen, {len(unfrozen)} unfrozen.",
-            flush=True,
-        )
+        _say(f"From step {self.step + 1}: {len(frozen)} tensors frozen, {len(unfrozen)} unfrozen.")
 
     def _config_at(self, step: int) -> FreezeConfig:
         """The config with the rules of its schedule that hold after `step` steps."""
@@ -423,6 +426,8 @@ class _Run:
             if judged is None:
                 return
             self._report(judged, None)
+            shown = ", ".join(f"{name.removeprefix('eval/')} {v:.4g}" for name, v in judged.items())
+            _say(f"Step {self.step}: {shown}")
             loss = judged[f"eval/{next(iter(self.data.evals))}/loss"]
             self.best_loss, self.worse = (
                 (loss, 0) if loss < self.best_loss else (self.best_loss, self.worse + 1)
@@ -439,6 +444,9 @@ class _Run:
         """Prove, then write a checkpoint, then let the oldest go."""
         document = self.proof.check(self.measure.gradient_history())
         self.emit("proof", {**document, "step": self.step})
+        _say(
+            f"Step {self.step}: the proof {'holds' if document['verdict'] == 'holds' else 'is BROKEN'}."
+        )
         self.emit("checkpoint", write_checkpoint(self.checkpoints, self._checkpoint()))
         kept = self.recipe.keep_last + (1 if final else 0)
         for step in checkpoint_steps(self.checkpoints)[:-kept]:
@@ -560,9 +568,9 @@ def _describe_start(
         name = torch.cuda.get_device_name(device)
         size = torch.cuda.get_device_properties(device).total_memory
     elif recipe.device == "auto":
-        warnings.append(
-            "No CUDA device was found: device 'auto' fell back to the CPU, where this job now runs."
-        )
+        warnings.append("No CUDA device was found: device 'auto' fell back to the CPU.")
+    for warning in warnings:
+        _say(f"WARNING: {warning}")
     return {
         "layers": layers,
         "total_steps": total_steps,
@@ -573,6 +581,11 @@ def _describe_start(
         "train_size": len(data.train),
         "warnings": warnings,
     }
+
+
+def _say(line: str) -> None:
+    """A line for the job's log, which is what this process prints."""
+    print(line, flush=True)
 
 
 def _below(kind: str, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

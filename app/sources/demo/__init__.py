@@ -17,3 +17,12 @@ DEMO_DATASETS: dict[str, str] = {
     "multi-layer-model": "512 random 6×6 colour images that a fixed random plane divides",
 }
 """Name after ``demo:`` → what the data set is, in one line."""
+
+DEMO_TRAINING: dict[str, dict[str, str]] = {
+    "digits": {"epochs": "15", "batch_size": "16", "lr": "0.002"},
+    "digits-shifted": {"epochs": "15", "batch_size": "16", "lr": "0.002"},
+    "three-layers": {"epochs": "10"},
+    "simple-model": {"epochs": "10"},
+    "multi-layer-model": {"epochs": "10"},
+}
+"""Name after ``demo:`` → training options that show something, as a form holds them."""

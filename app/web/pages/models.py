@@ -151,6 +151,7 @@ def _build(
 @router.get("/models/{model_id}")
 def show_model(request: Request, model_id: int) -> Response:
     choice = _read_choice(request, request.query_params.multi_items())
+    choice = workbench.suggest_training(choice, service_of(request).get_model(model_id)["uri"])
     return render_page(request, "workbench.html", _build(request, model_id, choice))
 
 

@@ -22,7 +22,7 @@ from app.freezing.config import (
 from app.freezing.errors import InvalidDocument
 from app.freezing.graph import ModelGraph
 from app.freezing.presets import find_blocks, preset_config, tick_module
-from app.sources.demo import DEMO_DATASETS
+from app.sources.demo import DEMO_DATASETS, DEMO_TRAINING
 from app.training.recipe import OPTIONS, Option
 from app.web.pages import tree
 from app.web.render import shell
@@ -207,6 +207,14 @@ def act(choice: Choice, graph: ModelGraph, items: Items) -> Choice:
     return choice
 
 
+def suggest_training(choice: Choice, uri: str) -> Choice:
+    """Where nothing was typed yet: a demo's own data, and options with which something is seen."""
+    name = uri.removeprefix("demo:")
+    if choice.training or name == uri or name not in DEMO_TRAINING:
+        return choice
+    return replace(choice, training={"dataset": uri, **DEMO_TRAINING[name]})
+
+
 def plan_request(choice: Choice) -> Document:
     """The body of a plan: the freeze config, and what the training form lets us assume."""
     assume: Document = {}
@@ -267,7 +275,7 @@ def build_view(
     else:
         opened = tree.first_open(graph) if choice.opened is None else choice.opened
         rows = tree.list_rows(graph, states, opened)
-    first, more = form_fields(choice, model, faults)
+    first, more = form_fields(choice, faults)
     began = choice.base or {}
     before = [(r.action, text_of_rule(r)) for r in parse_rules(began.get("rules", []))]
     is_changed = bool(choice.base) and (
@@ -362,16 +370,13 @@ def plan_panel(graph: ModelGraph, plan: Mapping[str, Any]) -> PlanPanel:
     )
 
 
-def form_fields(
-    choice: Choice, model: Mapping[str, Any], faults: Sequence[Fault]
-) -> tuple[list[Field], list[Field]]:
+def form_fields(choice: Choice, faults: Sequence[Fault]) -> tuple[list[Field], list[Field]]:
     """The inputs of the training form: those that everybody looks at, and the others."""
     wrong = {fault.field: fault.message for fault in faults}
-    uri = str(model["uri"])
     dataset = Field(
         "train.dataset",
         "dataset",
-        choice.training.get("dataset", uri if uri.startswith("demo:") else ""),
+        choice.training.get("dataset", ""),
         placeholder="demo:digits or python:package.module:factory",
         suggestions=[(f"demo:{name}", words) for name, words in DEMO_DATASETS.items()],
         fault=wrong.get("dataset.uri", wrong.get("dataset", "")),
