@@ -27,7 +27,7 @@ NO_PROOF: Document = {
     "verdict": "pending",
     "frozen": {"checked": 0, "identical": 0, "changed": []},
     "trained": {"checked": 0, "moved": 0, "still": []},
-    "buffers": {},
+    "buffers": {"checked": 0, "identical": 0, "changed": [], "allowed": []},
 }
 
 
@@ -136,7 +136,7 @@ def model_document(session: Session, model: Model) -> Document:
         "tensor_count": model.tensor_count,
         "module_count": model.module_count,
         "fingerprint": model.fingerprint,
-        "weights_digest": None,
+        "weights_digest": model.weights_digest,
         "task_id": None if task is None else task.id,
         "created_at": model.created_at,
     }

@@ -34,7 +34,9 @@ def create_app(settings: Settings) -> FastAPI:
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        address = f"http://{settings.host}:{settings.port}{settings.root_path}"
+        # Without the root path, which only a proxy in front puts before ours.
+        host = f"[{settings.host}]" if ":" in settings.host else settings.host
+        address = f"http://{host}:{settings.port}"
         with hold_data_folder(settings.data_dir, address):
             is_new = not (settings.data_dir / "frostline.db").exists()
             db = Database(settings.data_dir / "frostline.db")

@@ -42,6 +42,7 @@ from app.documents import (
     read_texts,
     shorten_config,
 )
+from app.edits import add_edit, edit_document, read_edit
 from app.export import export_csv, export_json
 from app.freezing.config import (
     FreezeConfig,
@@ -61,7 +62,8 @@ from app.settings import Settings
 from app.sources.spec import parse_dataset_spec, parse_model_spec, spec_document
 from app.store import catalog, files, jobs, samples
 from app.store.db import Database
-from app.store.tables import FreezeConfigRow, Job, Model, Proof, Task, utc_now
+from app.store.tables import Attempt, FreezeConfigRow, Job, Model, Proof, Task, utc_now
+from app.training.places import checkpoint_path, checkpoint_steps
 from app.training.recipe import parse_recipe, recipe_document
 
 __all__ = ["Conflict", "Document", "NotFound", "RunnerStatus", "Service"]
@@ -177,7 +179,7 @@ class Service:
 
     def make_plan(self, model_id: int, doc: Mapping[str, Any]) -> Document:
         graph = self.read_graph(model_id)
-        document = members(doc, drop=("assume",))
+        document = members(doc, drop=("assume", *CONFIG_ROW_MEMBERS))
         config, assume = parse_config(document), parse_assumption(doc.get("assume"))
         memory = {device["id"]: device["bytes"] for device in self._runner.devices()}
         return plan_config(graph, config, assume, memory).document()
@@ -419,8 +421,8 @@ class Service:
 
         def pause(session: Session) -> Document:
             job = find_row(session, Job, job_id)
-            if job.state not in ("running", "paused"):
-                raise impossible(job, "paused", "Only a running job can rest.")
+            if job.state not in ("running", "paused") or job.kind != "train":
+                raise impossible(job, "paused", "Only training that runs can rest.")
             is_living = jobs.living_attempt(session, job) is not None
             if is_living and job.wish != mode:
                 jobs.wish_for(session, job, mode)
@@ -479,15 +481,30 @@ class Service:
         return changes | ({"spec": spec} if spec != job.spec else {})
 
     def change_freeze(self, job_id: int, doc: Mapping[str, Any]) -> Document:
-        """Change what is frozen in a running job: not in this version, which says so."""
-        check_members(doc, ("rules", "optimizer_state"))
+        """Append rules to those that a job trains under, from its next step on.
+
+        Returns:
+            The edit, as `find_edit` tells it from then on.
+        """
+        rules, state = read_edit(doc)
+        graph = self.read_graph(self.get_job(job_id)["model_id"])
+
+        def change(session: Session) -> Document:
+            job = find_row(session, Job, job_id)
+            attempt = jobs.living_attempt(session, job)
+            add_edit(job, attempt, graph, rules, state)
+            assert attempt is not None
+            session.add(attempt)
+            jobs.wish_for(session, job, job.wish)
+            return edit_document(job, attempt, job.wish_seq)
+
+        return self._write_and_wake(change)
+
+    def find_edit(self, job_id: int, attempt: int, seq: int) -> Document:
+        """An edit by its number: `step` is the first that it holds for, None while not known."""
         with self._db.read() as session:
             job = find_row(session, Job, job_id)
-        raise impossible(
-            job,
-            "changed while it runs",
-            "This version cannot; stop it, then resume it with another config.",
-        )
+            return edit_document(job, session.get_one(Attempt, (job_id, attempt)), seq)
 
     def read_metrics(
         self,
@@ -547,8 +564,9 @@ class Service:
         """
         self.get_job(job_id)
         found = []
-        for step in job_folder.checkpoint_steps(self._folder(job_id)):
-            path = job_folder.checkpoint_path(self._folder(job_id), step)
+        checkpoints = job_folder.checkpoints_folder(self._folder(job_id))
+        for step in checkpoint_steps(checkpoints):
+            path = checkpoint_path(checkpoints, step)
             try:
                 size = sum(file.stat().st_size for file in path.iterdir())
                 written = datetime.fromtimestamp(path.stat().st_mtime, UTC)
@@ -560,7 +578,8 @@ class Service:
     def checkpoint_file(self, job_id: int, step: int) -> Path:
         """The model's tensors after `step` steps, as a safetensors file."""
         self.get_job(job_id)
-        path = job_folder.checkpoint_path(self._folder(job_id), step) / "model.safetensors"
+        checkpoints = job_folder.checkpoints_folder(self._folder(job_id))
+        path = checkpoint_path(checkpoints, step) / "model.safetensors"
         if not path.is_file():
             raise NotFound(f"Job {job_id} has no checkpoint of step {step}.")
         return path

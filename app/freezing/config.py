@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -342,13 +342,22 @@ def _change_document(change: Change) -> dict[str, Any]:
 # -------------------------------------------------------------------------------------- expanding
 
 
-def match_names(cover: Rule | Group, graph: ModelGraph) -> set[str]:
+def match_names(cover: Rule | Group, graph: ModelGraph) -> frozenset[str]:
     """First names of the parameters that a rule or group covers, by any of their names."""
+    found = graph.matches.get((cover.match, cover.type))
+    if found is None:
+        found = frozenset(_match_names(cover, graph))
+        if len(graph.matches) >= MAX_RULES:
+            graph.matches.clear()
+        graph.matches[cover.match, cover.type] = found
+    return found
+
+
+def _match_names(cover: Rule | Group, graph: ModelGraph) -> Iterator[str]:
     matches: Callable[[str], bool] = compile_match(cover.match) if cover.match else lambda _: True
-    names = {first for name, first in graph.canonical_names.items() if matches(name)}
-    if cover.type is not None:
-        names = {name for name in names if cover.type in graph.owner_types.get(name, ())}
-    return names
+    for name, first in graph.canonical_names.items():
+        if matches(name) and (cover.type is None or cover.type in graph.owner_types[first]):
+            yield first
 
 
 def expand_rules(config: FreezeConfig, graph: ModelGraph) -> dict[str, bool]:

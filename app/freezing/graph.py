@@ -164,6 +164,11 @@ class ModelGraph:
         return types
 
     @cached_property
+    def matches(self) -> dict[tuple[str | None, str | None], frozenset[str]]:
+        """What rules matched before, by (match, type): a tick asks for the same again and again."""
+        return {}
+
+    @cached_property
     def layer_nodes(self) -> dict[str, tuple[int, ...]]:
         """Path of every layer → indices of the nodes that are its operations.
 

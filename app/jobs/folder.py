@@ -19,7 +19,6 @@ import fcntl
 import json
 import math
 import os
-import re
 import secrets
 import signal
 import struct
@@ -113,15 +112,9 @@ def read_spec(folder: Path) -> dict[str, Any]:
     return spec
 
 
-def checkpoint_steps(folder: Path) -> list[int]:
-    """The steps of the complete checkpoints, oldest first."""
-    names = (re.fullmatch(r"step-(\d+)", path.name) for path in (folder / "checkpoints").glob("*"))
-    return sorted(int(name[1]) for name in names if name)
-
-
-def checkpoint_path(folder: Path, step: int) -> Path:
-    """Where the checkpoint of the state after ``step`` lies, whether or not it exists."""
-    return folder / "checkpoints" / f"step-{step:09d}"
+def checkpoints_folder(folder: Path) -> Path:
+    """Where the job's checkpoints lie; their own names are ``training.places``'s."""
+    return folder / "checkpoints"
 
 
 # ── attempts ─────────────────────────────────────────────────────────────────────────────────────

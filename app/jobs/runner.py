@@ -21,6 +21,7 @@ from app.settings import Settings
 from app.store import catalog, files, jobs, samples
 from app.store.db import Database
 from app.store.tables import Attempt, Job, Model, Task, utc_now
+from app.training.places import checkpoint_path, checkpoint_steps
 
 logger = logging.getLogger(__name__)
 
@@ -239,7 +240,7 @@ class Runner:
 
     def _start_job(self, job: Job, device: Device, now: float) -> None:
         folder = files.job_folder(self._settings.data_dir, _id(job))
-        steps = job_folder.checkpoint_steps(folder) if job.kind == "train" else []
+        steps = checkpoint_steps(job_folder.checkpoints_folder(folder))
         resume_step = steps[-1] if steps else None
 
         def claim(session: Session) -> Attempt | None:
@@ -320,7 +321,8 @@ class Runner:
             self._settle_job(job, attempt, directory, watch)
             return
         if job.wish_seq > watch.told_seq:
-            job_folder.write_wish(directory, job_folder.Wish(job.wish_seq, job.wish))
+            wish = job_folder.Wish(job.wish_seq, job.wish, tuple(attempt.edits))
+            job_folder.write_wish(directory, wish)
             watch.told_seq = job.wish_seq
         has_ended = self._has_ended(directory, attempt.pid, watch, now)  # before the last look
         if self._store_spool(job, attempt, directory):
@@ -466,6 +468,7 @@ class Runner:
             if row.state == "running" and model is not None:
                 found.replace(path)
                 model.state, model.fingerprint = "ready", graph.fingerprint
+                model.weights_digest = document.get("weights_digest")
                 model.parameter_count = graph.parameter_count
                 model.tensor_count = graph.tensor_count
                 model.module_count = graph.module_count
@@ -519,9 +522,9 @@ def _explain_start(error: Exception) -> tuple[str, str]:
 
 def _is_writing_checkpoint(folder: Path) -> bool:
     """Whether something lies among the checkpoints that is not (yet) one."""
-    complete = {f"step-{step:09d}" for step in job_folder.checkpoint_steps(folder)}
-    checkpoints = folder / "checkpoints"
-    return checkpoints.is_dir() and any(p.name not in complete for p in checkpoints.iterdir())
+    checkpoints = job_folder.checkpoints_folder(folder)
+    complete = {checkpoint_path(checkpoints, step) for step in checkpoint_steps(checkpoints)}
+    return checkpoints.is_dir() and any(path not in complete for path in checkpoints.iterdir())
 
 
 def _is_stopped(pid: int | None) -> bool:

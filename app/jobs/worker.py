@@ -9,6 +9,8 @@ import argparse
 import contextlib
 import errno
 import faulthandler
+import hashlib
+import json
 import os
 import random
 import signal
@@ -25,6 +27,7 @@ from app.freezing.errors import InvalidDocument
 from app.jobs import SLEEPING_THREADS
 from app.jobs import folder as job_folder
 from app.jobs.folder import SpoolWriter, Wish, WishReader
+from app.training.places import checkpoint_path, checkpoint_steps
 
 LOG_BYTES = 10 * 2**20
 TRACEBACK_BYTES = 64 * 2**10
@@ -104,7 +107,7 @@ def _choose_attempt(folder: Path, number: int | None) -> Path:
         return newest
     if newest and job_folder.is_held(newest):
         raise job_folder.AttemptTaken(f"{newest} is running; stop it, or wait for its end.")
-    steps = job_folder.checkpoint_steps(folder)
+    steps = checkpoint_steps(job_folder.checkpoints_folder(folder))
     return job_folder.prepare_attempt(
         folder,
         int(newest.name) + 1 if newest else 1,
@@ -152,8 +155,10 @@ def _run(
     if is_inspection:
         from app.freezing.trace import trace_model
 
+        digest = _digest_weights(built.model)  # before a forward in train mode moves a buffer
         graph = trace_model(built.model, built.example, loss=built.loss)
-        job_folder.write_document(directory / "graph.json", graph.to_document())
+        document = {**graph.to_document(), "weights_digest": digest}
+        job_folder.write_document(directory / "graph.json", document)
         return "succeeded", 0
 
     from app.sources.datasets import build_data
@@ -167,7 +172,7 @@ def _run(
     if spec["kind"] == "evaluate":
         end = loop.evaluate(built, data, recipe, device=device, emit=report, wishes=wishes)
         return end.outcome, end.step
-    checkpoints = folder / "checkpoints"
+    checkpoints = job_folder.checkpoints_folder(folder)
     checkpoints.mkdir(exist_ok=True)
     step = facts["resume_step"]
     end = loop.train(
@@ -179,9 +184,21 @@ def _run(
         checkpoints=checkpoints,
         emit=report,
         wishes=wishes,
-        resume_from=None if step is None else job_folder.checkpoint_path(folder, step),
+        resume_from=None if step is None else checkpoint_path(checkpoints, step),
     )
     return end.outcome, end.step
+
+
+def _digest_weights(model: Any) -> str | None:
+    """SHA-256 of what a checkpoint would hold, by name; None where weights are not there yet."""
+    from app.freezing.proof import digest_tensor
+    from app.training.checkpoint import model_tensors
+
+    tensors = model_tensors(model)
+    if any(tensor.is_meta for tensor in tensors.values()):
+        return None
+    listed = [[name, digest_tensor(tensor)] for name, tensor in sorted(tensors.items())]
+    return "sha256:" + hashlib.sha256(json.dumps(listed).encode()).hexdigest()
 
 
 _FOLDER_LISTS = ("code_dirs", "file_dirs")

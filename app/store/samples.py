@@ -85,6 +85,8 @@ def ingest(
             case "proof":
                 session.merge(Proof(job_id=job.id, document=payload))
                 progress["verdict"] = payload["verdict"]
+            case "freeze":
+                progress |= _follow_edit(job, attempt, {**_config_of(job), **progress}, payload)
             case "state":
                 _acknowledge(session, job, payload["state"])
     _insert_metrics(connection, metrics)
@@ -118,6 +120,28 @@ def _acknowledge(session: Session, job: Job, state: str) -> None:
         return
     started = {} if job.started_at is not None else {"started_at": utc_now()}
     jobs.move_job(session, job, state, **started)
+
+
+def _config_of(job: Job) -> dict[str, Any]:
+    return {"config": job.config, "spec": job.spec}
+
+
+def _follow_edit(
+    job: Job, attempt: Attempt, known: Mapping[str, Any], payload: Mapping[str, Any]
+) -> dict[str, Any]:
+    """A live change took effect: its entries of the schedule are part of the config as trained."""
+    schedule = payload["config"]["schedule"]
+    # Every edit has rules, so that one which added none was refused by the loop.
+    is_refused = len(schedule) == len(known["config"]["schedule"])
+    told = {"is_refused": True} if is_refused else {"step": payload["step"] + 1}
+    attempt.edits = [
+        {**edit, **told} if edit["seq"] == payload["seq"] else edit for edit in attempt.edits
+    ]
+    spec = known["spec"]
+    return {
+        "config": {**known["config"], "schedule": schedule},
+        "spec": {**spec, "config": {**spec["config"], "schedule": schedule}},
+    }
 
 
 def _smooth(before: float | None, now: float) -> float:

@@ -31,6 +31,7 @@ class Model(SQLModel, table=True):
     tensor_count: int | None = None
     module_count: int | None = None
     fingerprint: str | None = None
+    weights_digest: str | None = None
     created_at: str = Field(default_factory=utc_now)
 
 
@@ -116,6 +117,8 @@ class Attempt(SQLModel, table=True):
     Attributes:
         spool_offset: bytes of its spool that are in the database.
         sequence: number of the last record that is in the database, 0 before the first.
+        edits: live changes of what is frozen, each with the number of its wish, its rules and the
+            first step that it holds for, None until the worker said so.
     """
 
     __tablename__ = "attempt"
@@ -127,6 +130,9 @@ class Attempt(SQLModel, table=True):
     pid: int | None = None
     spool_offset: int = 0
     sequence: int = 0
+    edits: list[dict[str, Any]] = Field(
+        default_factory=list, sa_column=Column(JSON, nullable=False)
+    )
     started_at: str = Field(default_factory=utc_now)
     ended_at: str | None = None
     outcome: str | None = None

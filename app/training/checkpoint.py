@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import re
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from app.freezing.trace import read_model
+from app.training.places import checkpoint_path
 
 FORMAT = 1
 MODEL_FILE = "model.safetensors"
@@ -103,18 +103,6 @@ def read_checkpoint(path: Path) -> Checkpoint:
         trainer=load_file(path / TRAINER_FILE),
         state=json.loads((path / STATE_FILE).read_text()),
     )
-
-
-def checkpoint_path(folder: Path, step: int) -> Path:
-    return folder / f"step-{step:09d}"
-
-
-def checkpoint_steps(folder: Path) -> list[int]:
-    """Steps of the published checkpoints, oldest first."""
-    if not folder.is_dir():
-        return []
-    found = (re.fullmatch(r"step-(\d{9,})", path.name) for path in folder.iterdir())
-    return sorted(int(match[1]) for match in found if match)
 
 
 def delete_checkpoint(folder: Path, step: int) -> None:

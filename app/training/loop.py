@@ -30,7 +30,6 @@ from app.training.batches import (
 )
 from app.training.checkpoint import (
     Checkpoint,
-    checkpoint_steps,
     delete_checkpoint,
     load_model_tensors,
     model_tensors,
@@ -38,6 +37,7 @@ from app.training.checkpoint import (
     write_checkpoint,
 )
 from app.training.judge import call_on_batch, compute_loss, evaluate_set
+from app.training.places import checkpoint_steps
 from app.training.recipe import Recipe, learning_rate_factor
 
 Emit = Callable[[str, dict[str, Any]], None]
@@ -444,9 +444,7 @@ class _Run:
         """Prove, then write a checkpoint, then let the oldest go."""
         document = self.proof.check(self.measure.gradient_history())
         self.emit("proof", {**document, "step": self.step})
-        _say(
-            f"Step {self.step}: the proof {'holds' if document['verdict'] == 'holds' else 'is BROKEN'}."
-        )
+        _say(f"Step {self.step}: the verdict of the proof is {document['verdict']!r}.")
         self.emit("checkpoint", write_checkpoint(self.checkpoints, self._checkpoint()))
         kept = self.recipe.keep_last + (1 if final else 0)
         for step in checkpoint_steps(self.checkpoints)[:-kept]:

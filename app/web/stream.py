@@ -71,8 +71,9 @@ async def follow(
         if finished:
             yield ServerSentEvent(event="end", raw_data="{}", id=cursor)
             return
-        if news:
+        if news:  # a portion: there may be more already
             await asyncio.sleep(PACE_S)
+            continue
         while not is_closing(app) and await service.wait_for_change(seen, LOOK_S) == seen:
             pass
 

@@ -8,8 +8,6 @@ import torch
 from app.training.checkpoint import (
     Checkpoint,
     CorruptCheckpoint,
-    checkpoint_path,
-    checkpoint_steps,
     delete_checkpoint,
     load_model_tensors,
     model_tensors,

@@ -230,13 +230,6 @@ def test_an_attempt_is_prepared_once_and_as_a_whole(tmp_path: Path) -> None:
     assert job_folder.newest_attempt(tmp_path / "elsewhere") is None
 
 
-def test_only_complete_checkpoints_are_listed(tmp_path: Path) -> None:
-    for name in ("step-000000010", "step-000000009", ".step-000000011.tmp", "other"):
-        (tmp_path / "checkpoints" / name).mkdir(parents=True)
-    assert job_folder.checkpoint_steps(tmp_path) == [9, 10]
-    assert job_folder.checkpoint_path(tmp_path, 9).is_dir()
-
-
 HOLDER = """if True:
     import os, sys
     from pathlib import Path

@@ -12,8 +12,8 @@ from torch import nn
 from app.freezing.config import parse_config
 from app.freezing.errors import InvalidDocument
 from app.freezing.proof import compare_checkpoints
-from app.training.checkpoint import checkpoint_path, checkpoint_steps
 from app.training.loop import NonFinite, Outcome
+from app.training.places import checkpoint_path, checkpoint_steps
 from tests.unit.models import make
 from tests.unit.runs import Wish, freeze, make_data, run
 

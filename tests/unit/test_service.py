@@ -18,6 +18,7 @@ from app.settings import Settings
 from app.store import jobs, samples
 from app.store.db import Database
 from app.store.tables import Attempt, Job, Model, Task
+from app.training.places import checkpoint_path
 
 NAMES = ("body.weight", "body.bias", "head.weight")
 GRAPH = ModelGraph(
@@ -336,7 +337,7 @@ def test_a_job_is_renamed_and_removed_with_what_lies_on_disk(desk: Desk) -> None
 
 def test_checkpoints_are_listed_served_and_deleted(desk: Desk) -> None:
     desk.launch()
-    path = job_folder.checkpoint_path(desk.data_dir / "jobs" / "1", 5)
+    path = checkpoint_path(desk.data_dir / "jobs" / "1" / "checkpoints", 5)
     path.mkdir(parents=True)
     (path / "model.safetensors").write_bytes(b"tensors")
     (path.parent / ".step-000000007.tmp").mkdir()

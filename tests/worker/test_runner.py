@@ -21,6 +21,7 @@ from app.settings import Settings
 from app.store import jobs
 from app.store.db import Database
 from app.store.tables import Attempt, Job, Model, Task
+from app.training.places import checkpoint_path
 
 CPU = Device("cpu", "silly", "cpu", 2**30, "")
 GPUS = tuple(Device(f"cuda:{n}", "silly GPU", "cuda", 2**34, str(n + 4)) for n in range(2))
@@ -394,7 +395,7 @@ def test_an_attempt_goes_on_from_the_newest_checkpoint(house: House) -> None:
     house.tick()
     house.play_start().close()
     for step in (5, 10):
-        job_folder.checkpoint_path(house.directory().parent.parent, step).mkdir(parents=True)
+        checkpoint_path(house.directory().parents[1] / "checkpoints", step).mkdir(parents=True)
     job_folder.write_result(house.directory(), "released", 10)
     house.play_end()
     house.tick()

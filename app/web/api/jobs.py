@@ -1,8 +1,10 @@
 """Jobs: launch, list, steer, read what they recorded, delete."""
 
+import asyncio
 from typing import Annotated, Literal
 
 from fastapi import APIRouter, Depends, Query
+from starlette.concurrency import run_in_threadpool
 from starlette.responses import FileResponse, PlainTextResponse, Response, StreamingResponse
 
 from app.freezing.errors import InvalidDocument
@@ -29,6 +31,8 @@ From = Annotated[int | None, Query(alias="from", ge=0, le=MAX_INTEGER)]
 To = Annotated[int | None, Query(ge=0, le=MAX_INTEGER)]
 After = Annotated[int, Query(ge=0, le=MAX_INTEGER)]
 Format = Annotated[str, Query(alias="format", max_length=20)]
+# How long a live change waits for its step to become known: steps may take minutes.
+EDIT_S = 5.0
 Stat = Literal["grad_norm", "update_norm", "weight_norm", "update_ratio"]
 
 
@@ -95,9 +99,20 @@ def resume_job(service: Verbs, job_id: Id, body: OptionalBody) -> Answer:
 
 
 @router.patch("/{job_id}/freeze", status_code=202, openapi_extra=takes(rules=RULES))
-def change_freeze(service: Verbs, job_id: Id, body: Body) -> Answer:
-    """Change what is frozen in a running job, from its next step on."""
-    return Answer(service.change_freeze(job_id, body), 202)
+async def change_freeze(service: Verbs, job_id: Id, body: Body) -> Answer:
+    """Change what is frozen in a running job, from its next step on.
+
+    `step` is the first step that it holds for, or null where the job takes long to get there.
+    """
+    edit = await run_in_threadpool(service.change_freeze, job_id, body)
+    clock = asyncio.get_running_loop().time
+    until = clock() + EDIT_S
+    while edit["step"] is None and (left := until - clock()) > 0:
+        seen = service.version
+        edit = await run_in_threadpool(service.find_edit, job_id, edit["attempt"], edit["seq"])
+        if edit["step"] is None:
+            await service.wait_for_change(seen, left)
+    return Answer(edit, 202)
 
 
 # --------------------------------------------------------------------------------- what it recorded

@@ -16,6 +16,7 @@ CREATE TABLE model (
     tensor_count INTEGER,
     module_count INTEGER,
     fingerprint VARCHAR,
+    weights_digest VARCHAR,
     created_at VARCHAR NOT NULL
 );
 
@@ -94,6 +95,7 @@ CREATE TABLE attempt (
     pid INTEGER,
     spool_offset INTEGER NOT NULL,
     sequence INTEGER NOT NULL,
+    edits JSON NOT NULL,
     started_at VARCHAR NOT NULL,
     ended_at VARCHAR,
     outcome VARCHAR,

@@ -1,0 +1,103 @@
+"""Edits: changes of what is frozen while a job runs, checked before they are wished for. No torch."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from app.documents import Conflict, Document, check_members, impossible
+from app.freezing.config import (
+    Change,
+    FreezeConfig,
+    Rule,
+    expand_rules,
+    parse_config,
+    parse_rules,
+    rule_document,
+)
+from app.freezing.errors import InvalidDocument
+from app.freezing.graph import ModelGraph
+from app.store.tables import Attempt, Job
+
+OPTIMIZER_STATES = ("fresh", "keep")
+
+
+def read_edit(doc: Mapping[str, Any]) -> tuple[tuple[Rule, ...], str]:
+    """The rules to append, and what becomes of the optimizer state of what they unfreeze."""
+    check_members(doc, ("rules", "optimizer_state"))
+    if not doc.get("rules"):
+        raise InvalidDocument([("rules", "'rules' must be a list of at least one rule.")])
+    state = doc.get("optimizer_state", "fresh")
+    if state not in OPTIMIZER_STATES:
+        raise InvalidDocument([("optimizer_state", "'optimizer_state' may be 'fresh' or 'keep'.")])
+    return parse_rules(doc["rules"]), state
+
+
+def add_edit(
+    job: Job, attempt: Attempt | None, graph: ModelGraph, rules: Sequence[Rule], state: str
+) -> None:
+    """Append an edit to those of the living attempt, under the number that the next wish gets.
+
+    Raises:
+        Conflict: the job does not train now, its mechanism allows no change, or nothing would be
+            left to train.
+    """
+    if attempt is None or job.kind != "train" or job.state not in ("running", "paused"):
+        raise impossible(
+            job, "changed while it runs", "Only training that runs, or is paused by 'hold', can."
+        )
+    config = parse_config(job.config)
+    if config.mechanism != "requires_grad":
+        raise Conflict(
+            "Changing what is frozen needs the mechanism 'requires_grad'; job "
+            f"{job.id} has {config.mechanism!r}.",
+            state=job.state,
+        )
+    waiting = [
+        rule
+        for edit in attempt.edits
+        if edit["step"] is None
+        for rule in parse_rules(edit["rules"])
+    ]
+    now = replace(config, rules=(*config.rules, *_due_rules(config, job), *waiting, *rules))
+    if all(expand_rules(now, graph).values()):
+        raise Conflict(
+            "This would freeze the last trainable layer; keep one trainable.", state=job.state
+        )
+    edit = {
+        "seq": job.wish_seq + 1,
+        "rules": [rule_document(rule) for rule in rules],
+        "optimizer_state": state,
+        "step": None,
+    }
+    attempt.edits = [*attempt.edits, edit]
+
+
+def _due_rules(config: FreezeConfig, job: Job) -> list[Rule]:
+    """Rules of the schedule that hold by now, in the order in which they began to."""
+    steps_per_epoch = job.step / job.epoch if job.epoch else 1.0
+
+    def begins(change: Change) -> float:
+        return change.count * (steps_per_epoch if change.unit == "epoch" else 1)
+
+    # Half a step: the quotient above is rounded.
+    due = (change for change in config.schedule if begins(change) < job.step + 0.5)
+    return [change.rule for change in sorted(due, key=begins)]
+
+
+def edit_document(job: Job, attempt: Attempt, seq: int) -> Document:
+    """An edit in words: `step` is the first step that it holds for, None until the loop said so.
+
+    Raises:
+        Conflict: it never took effect.
+    """
+    edit = next(edit for edit in attempt.edits if edit["seq"] == seq)
+    if edit.get("is_refused"):
+        raise Conflict(
+            "This would have frozen the last trainable layer; nothing was changed.",
+            state=job.state,
+        )
+    if edit["step"] is None and attempt.ended_at is not None:
+        raise impossible(
+            job, "changed any more", "It ended before the change; resume it with another config."
+        )
+    return {"id": job.id, "state": job.state, "attempt": attempt.number, **edit}
