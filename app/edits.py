@@ -1,4 +1,4 @@
-"""Edits: changes of what is frozen while a job runs, checked before they are wished for. No torch."""
+"""Edits: changes of what is frozen while a job runs, checked before they are wished for."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace

@@ -109,10 +109,11 @@ class Proof:
 
     def _describe(self, name: str, tensor: torch.Tensor) -> dict[str, Any]:
         before = self._copies.get(name)
+        difference = None if before is None else _largest_difference(before, tensor)
         return {
             "name": name,
-            "largest_difference": None if before is None else _largest_difference(before, tensor),
-            "cause": self._likely_cause(name),
+            "largest_difference": difference,
+            "cause": _SIGN_OF_ZERO if difference == 0.0 else self._likely_cause(name),
         }
 
     def _likely_cause(self, name: str) -> str:
@@ -122,6 +123,9 @@ class Proof:
         if self._freeze.config.mechanism == "zero_grad":
             return "weight decay or momentum moves it although its gradient is zeroed"
         return "something writes to it: its module's forward, a hook, or code outside the optimizer"
+
+
+_SIGN_OF_ZERO = "the sign of a zero changed: a step of size zero turns −0.0 into +0.0"
 
 
 def proof_document(

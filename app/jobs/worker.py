@@ -220,15 +220,21 @@ def _read_spec(folder: Path) -> dict[str, Any]:
 
 
 class Report:
-    """What the loop emits into: the spool; it remembers the last step that is safely in there."""
+    """What the loop emits into: the spool, and the log; it remembers the last step in there."""
 
     def __init__(self, spool: SpoolWriter, step: int) -> None:
         self._spool = spool
         self.step = step
 
     def __call__(self, kind: str, payload: Mapping[str, Any]) -> None:
+        if kind == "log":
+            print(payload["text"], flush=True)
+            return
         self._spool.append(kind, payload)
         self.step = payload.get("step", self.step)
+        if kind == "start":
+            for warning in payload["warnings"]:
+                print(f"WARNING: {warning}", flush=True)
 
 
 class StopAsked(BaseException):

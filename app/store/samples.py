@@ -86,7 +86,7 @@ def ingest(
                 session.merge(Proof(job_id=job.id, document=payload))
                 progress["verdict"] = payload["verdict"]
             case "freeze":
-                progress |= _follow_edit(job, attempt, {**_config_of(job), **progress}, payload)
+                progress |= _follow_edit(job, attempt, progress, payload)
             case "state":
                 _acknowledge(session, job, payload["state"])
     _insert_metrics(connection, metrics)
@@ -122,24 +122,20 @@ def _acknowledge(session: Session, job: Job, state: str) -> None:
     jobs.move_job(session, job, state, **started)
 
 
-def _config_of(job: Job) -> dict[str, Any]:
-    return {"config": job.config, "spec": job.spec}
-
-
 def _follow_edit(
-    job: Job, attempt: Attempt, known: Mapping[str, Any], payload: Mapping[str, Any]
+    job: Job, attempt: Attempt, progress: Mapping[str, Any], payload: Mapping[str, Any]
 ) -> dict[str, Any]:
     """A live change took effect: its entries of the schedule are part of the config as trained."""
+    config, spec = progress.get("config", job.config), progress.get("spec", job.spec)
     schedule = payload["config"]["schedule"]
-    # Every edit has rules, so that one which added none was refused by the loop.
-    is_refused = len(schedule) == len(known["config"]["schedule"])
+    # Every edit has rules, so that one which added no entry was refused by the loop.
+    is_refused = len(schedule) == len(config["schedule"])
     told = {"is_refused": True} if is_refused else {"step": payload["step"] + 1}
     attempt.edits = [
         {**edit, **told} if edit["seq"] == payload["seq"] else edit for edit in attempt.edits
     ]
-    spec = known["spec"]
     return {
-        "config": {**known["config"], "schedule": schedule},
+        "config": {**config, "schedule": schedule},
         "spec": {**spec, "config": {**spec["config"], "schedule": schedule}},
     }
 

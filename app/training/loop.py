@@ -86,8 +86,8 @@ def train(
     Args:
         device: as this process sees it, ``cpu`` or ``cuda:N``.
         checkpoints: the folder that gets ``step-NNNNNNNNN`` folders.
-        emit: called with (kind, payload) for every start, state, metrics, layers, proof, checkpoint
-            and freeze.
+        emit: called with (kind, payload) for every start, state, metrics, layers, proof,
+            checkpoint, freeze, and line for the log.
         wishes: asked before every step; must be cheap.
         resume_from: a checkpoint of the same model to go on from.
 
@@ -198,7 +198,7 @@ class _Run:
             self.data, self.recipe, self.device, self.measure.layers, self.total_steps, self.step
         )
         frozen = sum(self.freeze.frozen.values())
-        _say(
+        self._say(
             f"Training on {start['device_name']} from step {self.step} to {self.total_steps}: "
             f"{len(self.freeze.frozen) - frozen} tensors trainable, {frozen} frozen, "
             f"{start['train_size']} examples, {self.steps_per_epoch} steps an epoch."
@@ -268,7 +268,7 @@ class _Run:
                 self.change_what_is_frozen()
             except InvalidDocument as error:
                 self.config = before
-                _say(f"Live edit refused: {error}")
+                self._say(f"Live edit refused: {error}")
             document = config_document(self.config, self.freeze.graph)
             self.emit(
                 "freeze", {"step": self.step, "seq": edit.get("seq", wish.seq), "config": document}
@@ -285,7 +285,9 @@ class _Run:
         self.proof.follow(frozen, unfrozen)
         if self.recipe.compile:
             torch._dynamo.reset()
-        _say(f"From step {self.step + 1}: {len(frozen)} tensors frozen, {len(unfrozen)} unfrozen.")
+        self._say(
+            f"From step {self.step + 1}: {len(frozen)} tensors frozen, {len(unfrozen)} unfrozen."
+        )
 
     def _config_at(self, step: int) -> FreezeConfig:
         """The config with the rules of its schedule that hold after `step` steps."""
@@ -402,6 +404,9 @@ class _Run:
         for parameter in self.freeze.parameters.values():
             parameter.grad = None
 
+    def _say(self, line: str) -> None:
+        self.emit("log", {"text": line})
+
     def _report(
         self, values: dict[str, float], step_ms: float | None, step: int | None = None
     ) -> None:
@@ -427,7 +432,7 @@ class _Run:
                 return
             self._report(judged, None)
             shown = ", ".join(f"{name.removeprefix('eval/')} {v:.4g}" for name, v in judged.items())
-            _say(f"Step {self.step}: {shown}")
+            self._say(f"Step {self.step}: {shown}")
             loss = judged[f"eval/{next(iter(self.data.evals))}/loss"]
             self.best_loss, self.worse = (
                 (loss, 0) if loss < self.best_loss else (self.best_loss, self.worse + 1)
@@ -444,7 +449,7 @@ class _Run:
         """Prove, then write a checkpoint, then let the oldest go."""
         document = self.proof.check(self.measure.gradient_history())
         self.emit("proof", {**document, "step": self.step})
-        _say(f"Step {self.step}: the verdict of the proof is {document['verdict']!r}.")
+        self._say(f"Step {self.step}: the verdict of the proof is {document['verdict']!r}.")
         self.emit("checkpoint", write_checkpoint(self.checkpoints, self._checkpoint()))
         kept = self.recipe.keep_last + (1 if final else 0)
         for step in checkpoint_steps(self.checkpoints)[:-kept]:
@@ -567,8 +572,6 @@ def _describe_start(
         size = torch.cuda.get_device_properties(device).total_memory
     elif recipe.device == "auto":
         warnings.append("No CUDA device was found: device 'auto' fell back to the CPU.")
-    for warning in warnings:
-        _say(f"WARNING: {warning}")
     return {
         "layers": layers,
         "total_steps": total_steps,
@@ -579,11 +582,6 @@ def _describe_start(
         "train_size": len(data.train),
         "warnings": warnings,
     }
-
-
-def _say(line: str) -> None:
-    """A line for the job's log, which is what this process prints."""
-    print(line, flush=True)
 
 
 def _below(kind: str, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

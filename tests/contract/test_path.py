@@ -66,10 +66,11 @@ def test_the_whole_path_on_the_demo(script: Script, model: dict[str, Any], data_
     _compare_checkpoints(script, stopped, succeeded, plan)
 
 
+@pytest.mark.parametrize("mechanism", ["exclude", "zero_lr", "zero_grad"])
 def test_frozen_layers_have_gradients_where_the_mechanism_computes_them(
-    script: Script, model: dict[str, Any], data_dir: Path
+    script: Script, model: dict[str, Any], data_dir: Path, mechanism: str
 ) -> None:
-    config = {"rules": RULES, "mechanism": "zero_lr"}
+    config = {"rules": RULES, "mechanism": mechanism}
     plan = script.call("POST", f"/models/{model['id']}/plan", 200, config)
     computed = {layer["path"]: layer["weight_gradient"] for layer in plan["layers"]}
     assert computed["layer1.conv1"] is True
@@ -284,7 +285,7 @@ def _read_proof(
 def _compare_checkpoints(
     script: Script, stopped: dict[str, Any], succeeded: dict[str, Any], plan: dict[str, Any]
 ) -> None:
-    """Two jobs from the same weights agree, bit by bit, on what both had frozen; on nothing else."""
+    """Two jobs from the same weights agree, bit by bit, on what both had frozen and nothing else."""
     tensors = []
     for job, expected in ((stopped, [stopped["step"]]), (succeeded, [20, 40])):
         path = f"/jobs/{job['id']}/checkpoints"

@@ -14,6 +14,7 @@ from app.training.checkpoint import (
     read_checkpoint,
     write_checkpoint,
 )
+from app.training.places import checkpoint_path, checkpoint_steps
 from tests.unit.models import make
 
 CHECKPOINT = Checkpoint(7, {"w": torch.arange(3.0)}, {"m": torch.ones(2)}, {"position": 4})

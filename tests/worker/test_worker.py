@@ -70,7 +70,7 @@ def test_a_job_reports_every_step_a_proof_and_a_checkpoint(
     assert kinds[:2] == ["start", "state"]
     layers = [payload for _, payload in read_facts(folder, 1, "layers")]
     assert [payload["step"] for payload in layers] == list(range(1, 9))
-    assert checkpoint_steps(job_folder.checkpoints_folder(folder)) == [8]
+    assert checkpoint_steps(folder / "checkpoints") == [8]
     _, proof = read_facts(folder, 1, "proof")[-1]
     assert proof["verdict"] == "holds"
     assert job_folder.read_exit(folder / "attempts" / "1") == {
@@ -256,7 +256,7 @@ def test_a_stop_while_training_ends_after_the_step_with_a_checkpoint(
     result = job_folder.read_result(folder / "attempts" / "1")
     assert result is not None
     assert result["outcome"] == "stopped"
-    assert checkpoint_steps(job_folder.checkpoints_folder(folder))[-1] == result["step"] == newest_step(folder)
+    assert checkpoint_steps(folder / "checkpoints")[-1] == result["step"] == newest_step(folder)
 
 
 def test_a_killed_job_loses_no_recorded_step_and_resumes_to_the_same_end(
@@ -270,7 +270,7 @@ def test_a_killed_job_loses_no_recorded_step_and_resumes_to_the_same_end(
     eventually(lambda: newest_step(broken) >= 4)
     warm_keeper.kill(pid, signal.SIGKILL)
     assert wait_for_exit(broken)["signal"] == 9
-    resume_step = checkpoint_steps(job_folder.checkpoints_folder(broken))[-1]
+    resume_step = checkpoint_steps(broken / "checkpoints")[-1]
     assert resume_step >= 3
     prepare(broken, 2, resume_step=resume_step)
     assert run_job(warm_keeper, broken, 2)["outcome"] == "succeeded"
@@ -291,7 +291,7 @@ def test_killed_at_any_moments_it_still_comes_to_the_same_end(
     moments = random.Random(0)
     rows: dict[tuple[str, int], Any] = {}
     for number in range(1, 200):
-        resume_step = max(checkpoint_steps(job_folder.checkpoints_folder(broken)), default=None)
+        resume_step = max(checkpoint_steps(broken / "checkpoints"), default=None)
         prepare(broken, number, resume_step)
         pid = warm_keeper.start(broken, number)
         # Later and later, so that a busy machine comes to the end as well.
@@ -320,7 +320,7 @@ def read_rows(folder: Path, number: int) -> dict[tuple[str, int], Any]:
 
 
 def read_weights(folder: Path, step: int) -> bytes:
-    return (checkpoint_path(job_folder.checkpoints_folder(folder), step) / "model.safetensors").read_bytes()
+    return (checkpoint_path(folder / "checkpoints", step) / "model.safetensors").read_bytes()
 
 
 # ── a disk that is full ──────────────────────────────────────────────────────────────────────────

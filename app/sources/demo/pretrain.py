@@ -78,7 +78,9 @@ def round_to_grid(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], float]:
         multiples = (values / grid).round()
         offset = (values / grid - multiples).abs().max().item()
         nearest_edge = min(nearest_edge, (0.5 - offset) * grid)
-        rounded[name] = (multiples * grid).float()
+        rounded[name] = (
+            multiples * grid
+        ).float() + 0.0  # −0.0 becomes 0.0: one zero, one bit pattern
     return rounded, nearest_edge
 
 

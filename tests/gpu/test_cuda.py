@@ -1,0 +1,60 @@
+"""The loop and the proof on a CUDA device; skipped where there is none."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from app.freezing.config import parse_config
+from app.sources.models import BuiltModel
+from app.training.checkpoint import checkpoint_path
+from app.training.loop import train
+from app.training.recipe import parse_recipe
+from tests.unit.models import make
+from tests.unit.runs import Told, Wish, freeze, make_data
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here"),
+]
+
+
+def run_on_gpu(folder: Path, resume_from: Path | None = None, **options: object) -> Told:
+    told = Told()
+    train(
+        BuiltModel(make("convolutional")[0]),
+        make_data((2, 6, 6)),
+        parse_config(freeze("stem")),
+        parse_recipe({"batch_size": 8, "epochs": 3, "device": "cuda", **options}),
+        device="cuda:0",
+        checkpoints=folder,
+        emit=lambda kind, payload: told.events.append((kind, payload)),
+        wishes=Wish,
+        resume_from=resume_from,
+    )
+    return told
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_what_is_frozen_stays_bit_identical_on_the_gpu(precision: str, tmp_path: Path) -> None:
+    told = run_on_gpu(tmp_path, precision=precision, max_grad_norm=1.0, grad_accumulation=2)
+    (proof,) = told.of("proof")
+    assert proof["verdict"] == "holds"
+    assert proof["buffers"]["identical"] == 3
+    (start,) = told.of("start")
+    assert start["device_name"] == torch.cuda.get_device_name(0)
+    assert start["device_bytes"] > 0
+    assert start["warnings"] == []
+
+
+def test_a_checkpoint_of_the_gpu_goes_on_there(tmp_path: Path) -> None:
+    run_on_gpu(tmp_path, max_steps=4)
+    told = run_on_gpu(tmp_path, resume_from=checkpoint_path(tmp_path, 4), max_steps=9)
+    assert [p["step"] for p in told.of("layers")] == [5, 6, 7, 8, 9]
+
+
+def test_layer_measures_on_the_gpu_agree_with_the_cpu(tmp_path: Path) -> None:
+    told = run_on_gpu(tmp_path, max_steps=1, optimizer="sgd")
+    (stats,) = told.of("layers")
+    assert stats["grad_norm"][0] is None
+    assert all(value > 0 for value in stats["weight_norm"])
