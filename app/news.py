@@ -15,7 +15,7 @@ from app.store.tables import Job, Proof
 
 Event = tuple[str, Any, str]
 
-REPLAYED_STEPS = 1_000
+STEPS_A_CALL = 1_000
 METRICS_A_CALL = 10_000
 LOG_BYTES_A_CALL = 2**18
 
@@ -46,7 +46,7 @@ class Place:
 def find_end(session: Session, job: Job, folder: Path) -> Place:
     """The place behind everything that there is."""
     assert job.id is not None
-    steps = samples.last_steps(session, job.id, after=-1, limit=1)
+    steps = samples.find_steps(session, job.id, after=-1, limit=1, newest=True)
     return Place(
         attempt=job.attempt,
         metric_id=samples.last_metric(session, job.id),
@@ -74,9 +74,12 @@ def read_job_news(session: Session, job: Job, folder: Path, place: Place) -> Ite
         place = replace(place, metric_id=last)
         yield "metrics", series, str(place)
 
-    span = samples.last_steps(session, job.id, place.step, REPLAYED_STEPS)
+    layers = samples.read_layers(session, job.id)
+    portion = max(1, min(STEPS_A_CALL, samples.MAX_CELLS // max(1, len(layers))))
+    # From the beginning only the last of them: whoever wants all of a long job reads the route.
+    span = samples.find_steps(session, job.id, place.step, portion, newest=place.step < 0)
     if span is not None:
-        for data in _read_layers(session, job.id, *span):
+        for data in _read_layers(session, job.id, layers, *span):
             # The first two keep the old step: who leaves between them gets all three again.
             if data["stat"] == "weight_norm":
                 place = replace(place, step=span[1])
@@ -93,7 +96,11 @@ def read_job_news(session: Session, job: Job, folder: Path, place: Place) -> Ite
         place = replace(place, log_bytes=place.log_bytes + taken)
         yield "log", {"text": text}, str(place)
 
-    is_cut = len(printed) == LOG_BYTES_A_CALL or last < samples.last_metric(session, job.id)
+    is_cut = (
+        len(printed) == LOG_BYTES_A_CALL
+        or last < samples.last_metric(session, job.id)
+        or samples.find_steps(session, job.id, place.step, 1, newest=False) is not None
+    )
     if not is_cut and job.version > place.version:
         place = replace(place, version=job.version)
         yield "state", job_documents(session, [job])[0], str(place)
@@ -106,8 +113,9 @@ def read_all_news(session: Session, version: int) -> list[Event]:
     return [("state", d, str(job.version)) for job, d in zip(changed, documents, strict=True)]
 
 
-def _read_layers(session: Session, job_id: int, first: int, last: int) -> Iterator[Document]:
-    layers = samples.read_layers(session, job_id)
+def _read_layers(
+    session: Session, job_id: int, layers: list[str], first: int, last: int
+) -> Iterator[Document]:
     everywhere = range(len(layers))
     for stat in ("grad_norm", "update_norm", "weight_norm"):
         steps, values = samples.read_matrix(

@@ -627,7 +627,7 @@ class Service:
         Args:
             job_id: None for the states of all jobs.
             cursor: None (or one that is unreadable) for the beginning, of layers at most the last
-                1,000 steps; "now" for nothing of what there is.
+                1,000 steps; "now" for nothing of what there is. Long news come in portions.
 
         Returns:
             Events, each (name, data, the cursor behind it); the cursor to go on from; and whether

@@ -231,7 +231,10 @@ class Report:
             print(payload["text"], flush=True)
             return
         self._spool.append(kind, payload)
-        self.step = payload.get("step", self.step)
+        # Metrics without a duration tell of no new step: of an evaluation, or of a loss that is no
+        # number and that the optimizer did not take.
+        if kind != "metrics" or payload["step_ms"] is not None:
+            self.step = payload.get("step", self.step)
         if kind == "start":
             for warning in payload["warnings"]:
                 print(f"WARNING: {warning}", flush=True)
@@ -359,7 +362,7 @@ def describe_failure(error: BaseException) -> dict[str, str]:
     message = " ".join("".join(traceback.format_exception_only(error)).split())
     if isinstance(error, SystemExit):
         message = f"The user's code ended the process by sys.exit({error.code!r})."
-    elif isinstance(error, InvalidDocument):
+    elif type(error).__module__.partition(".")[0] == "app":  # our own speak in sentences
         message = str(error)
     elif isinstance(error, ModuleNotFoundError) and error.name in ("torch", "numpy", "safetensors"):
         message = (

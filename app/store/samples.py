@@ -69,9 +69,11 @@ def ingest(
                     (job.id, name, step, _storable(value))
                     for name, value in payload["values"].items()
                 ]
-                progress |= {"step": step, "epoch": payload["epoch"]}
+                # Without a duration it is no completed step: an evaluation, or a loss that is not
+                # a number and that the optimizer did not take.
                 if payload.get("step_ms") is not None:
                     before = progress.get("step_ms", job.step_ms)
+                    progress |= {"step": step, "epoch": payload["epoch"]}
                     progress["step_ms"] = _smooth(before, payload["step_ms"])
             case "layers":
                 layers.append(
@@ -324,13 +326,20 @@ def last_metric(session: Session, job_id: int) -> int:
     return int(session.connection().execute(text(query), {"job": job_id}).scalar_one())
 
 
-def last_steps(session: Session, job_id: int, after: int, limit: int) -> tuple[int, int] | None:
-    """The first and last step with layer statistics after `after`, the newest `limit` of them."""
+def find_steps(
+    session: Session, job_id: int, after: int, limit: int, newest: bool
+) -> tuple[int, int] | None:
+    """The first and last step with layer statistics after `after`: `limit` of them at most.
+
+    Args:
+        newest: take the newest ones, else those that come next.
+    """
+    order = "DESC" if newest else "ASC"
     rows = session.connection().execute(
         text(
-            "SELECT min(step), max(step) FROM (SELECT step FROM layer_stat"
+            "SELECT min(step), max(step) FROM (SELECT step FROM layer_stat"  # noqa: S608
             " WHERE job_id = :job AND position = 0 AND step > :after"
-            " ORDER BY step DESC LIMIT :limit)"
+            f" ORDER BY step {order} LIMIT :limit)"
         ),
         {"job": job_id, "after": after, "limit": limit},
     )

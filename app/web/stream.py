@@ -10,7 +10,7 @@ from fastapi import APIRouter, Depends, FastAPI, Header, Query, Request
 from fastapi.sse import EventSourceResponse, ServerSentEvent
 from starlette.concurrency import run_in_threadpool
 
-from app.service import Service
+from app.service import NotFound, Service
 from app.web.api.body import Id, Verbs
 from app.web.errors import to_json
 from app.web.guard import signed_in
@@ -65,7 +65,10 @@ async def follow(
     """News until the job has ended or the server closes, each event with the id behind it."""
     while not is_closing(app):
         seen = service.version  # read before the news: what comes in between is not missed
-        news, cursor, finished = await run_in_threadpool(service.news, job_id, cursor)
+        try:
+            news, cursor, finished = await run_in_threadpool(service.news, job_id, cursor)
+        except NotFound:  # deleted meanwhile: there will be no more
+            news, finished = [], True
         for event, data, behind in news:
             yield ServerSentEvent(event=event, raw_data=to_json(data), id=behind)
         if finished:

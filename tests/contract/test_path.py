@@ -285,7 +285,7 @@ def _read_proof(
 def _compare_checkpoints(
     script: Script, stopped: dict[str, Any], succeeded: dict[str, Any], plan: dict[str, Any]
 ) -> None:
-    """Two jobs from the same weights agree, bit by bit, on what both had frozen and nothing else."""
+    """Two jobs from one start agree, bit by bit, on what both had frozen and on nothing else."""
     tensors = []
     for job, expected in ((stopped, [stopped["step"]]), (succeeded, [20, 40])):
         path = f"/jobs/{job['id']}/checkpoints"

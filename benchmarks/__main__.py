@@ -1,0 +1,7 @@
+"""Runs every benchmark in turn: `make bench`. Each prints its figures; none asserts one."""
+
+from benchmarks import loop, plan
+
+for benchmark in (plan, loop):
+    print(f"\n{benchmark.__doc__.splitlines()[0]}")
+    benchmark.main()

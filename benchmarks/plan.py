@@ -1,0 +1,69 @@
+"""A plan and a tick over graphs of some sizes, in milliseconds, without torch.
+
+Run alone: python -m benchmarks.plan
+"""
+
+import statistics
+import time
+from collections.abc import Callable
+
+from app.freezing.config import FreezeConfig, Rule
+from app.freezing.graph import ModelGraph, Module, Node, Parameter
+from app.freezing.plan import plan_config
+from app.freezing.presets import tick_module
+
+LINEARS = ("attention.q", "attention.k", "attention.v", "attention.o", "mlp.up", "mlp.down")
+
+
+def make_graph(blocks: int) -> ModelGraph:
+    """A chain of transformer-like blocks: nine modules, twelve tensors and eighteen nodes each."""
+    modules = [Module("", "Model", 0), Module("layers", "ModuleList", 1)]
+    parameters: list[Parameter] = []
+    nodes: list[Node] = []
+    previous = -1
+    for block in range(blocks):
+        prefix = f"layers.{block}"
+        modules.append(Module(prefix, "Block", 2))
+        modules += [Module(f"{prefix}.{part}", part, 3) for part in ("attention", "mlp")]
+        for name in LINEARS:
+            path = f"{prefix}.{name}"
+            names = (f"{path}.weight", f"{path}.bias")
+            modules.append(Module(path, "Linear", 4, names))
+            for own in names:
+                parameters.append(Parameter(own, (64, 64), "float32", 4096, 16384, True, True))
+                nodes.append(Node("AccumulateGrad", None, (), own))
+            edges = (len(nodes) - 1, previous, len(nodes) - 2)
+            saved = ((len(nodes), 64, (2,)),)
+            nodes.append(
+                Node("AddmmBackward0", path, edges, None, 100, (0, 100, 100), 0, False, saved)
+            )
+            previous = len(nodes) - 1
+    return ModelGraph(tuple(modules), tuple(parameters), tuple(nodes), "fake", "", 100, 1)
+
+
+def median_ms(work: Callable[[], object], times: int = 9) -> float:
+    work()
+    taken = []
+    for _ in range(times):
+        started = time.perf_counter()
+        work()
+        taken.append((time.perf_counter() - started) * 1e3)
+    return statistics.median(taken)
+
+
+def main() -> None:
+    print("modules   nodes   plan ms   tick ms")
+    for blocks in (25, 220, 1110):
+        graph = make_graph(blocks)
+        config = FreezeConfig(
+            rules=(Rule("freeze", "**"), Rule("unfreeze", f"layers.{{{blocks - 9}..{blocks}}}.**"))
+        )
+        plan = median_ms(lambda graph=graph, config=config: plan_config(graph, config))
+        tick = median_ms(
+            lambda graph=graph, config=config: tick_module(config, graph, "layers.3.mlp", False)
+        )
+        print(f"{graph.module_count:7,} {len(graph.nodes):7,} {plan:9.1f} {tick:9.1f}")
+
+
+if __name__ == "__main__":
+    main()
