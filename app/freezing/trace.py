@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.nn.parameter import is_lazy
@@ -51,7 +51,8 @@ def trace_model(model: nn.Module, example: Any, *, loss: Loss | None = None) -> 
     """Read a model's modules and its autograd graph, everything trainable, by one forward pass.
 
     The pass is made in train mode with a fixed seed, stochastic depth forced to keep, and under
-    fake tensors: nothing is computed and no weight is touched. Where a model cannot run so (its
+    fake tensors: nothing is computed and no weight is touched; a model that was built of fake
+    tensors has none. Where a model cannot run so (its
     forward looks at values), one real pass is made instead; where that fails too, the graph has no
     nodes and says why.
 
@@ -76,6 +77,8 @@ def trace_model(model: nn.Module, example: Any, *, loss: Loss | None = None) -> 
         notes.append("There is no example to call the model with; give 'input' a shape.")
     else:
         for how in ("fake", "real"):
+            if how == "real" and _fake_mode(model):
+                break  # there are no weights to compute with
             try:
                 with _undisturbed(model):
                     nodes, forward_flops = _trace_nodes(model, example, loss, fake=how == "fake")
@@ -92,6 +95,14 @@ def trace_model(model: nn.Module, example: Any, *, loss: Loss | None = None) -> 
         forward_flops=forward_flops,
         batch_size=_batch_size(example),
     )
+
+
+def _fake_mode(model: nn.Module) -> FakeTensorMode | None:
+    """The mode under which a model was built, None where its tensors are real."""
+    for tensor in (*model.parameters(), *model.buffers()):
+        if isinstance(tensor, FakeTensor):
+            return tensor.fake_mode
+    return None
 
 
 def read_model(model: nn.Module) -> ModelGraph:
@@ -245,12 +256,17 @@ def _depth_attributes(module: nn.Module) -> list[str]:
 def _trace_nodes(
     model: nn.Module, example: Any, loss: Loss | None, *, fake: bool
 ) -> tuple[tuple[Node, ...], int]:
-    mode = FakeTensorMode(allow_non_fake_inputs=True) if fake else contextlib.nullcontext()
+    mode: Any = contextlib.nullcontext()
+    if fake:
+        mode = _fake_mode(model) or FakeTensorMode(allow_non_fake_inputs=True)
     with mode, torch.enable_grad():
         resting: list[torch.Tensor] = [*model.parameters(), *model.buffers()]
         if isinstance(mode, FakeTensorMode):
             example = tree_map_only(torch.Tensor, mode.from_tensor, example)
-            resting = [mode.from_tensor(tensor) for tensor in resting]  # as operations see them
+            resting = [  # as operations see them
+                tensor if isinstance(tensor, FakeTensor) else mode.from_tensor(tensor)
+                for tensor in resting
+            ]
         spans = _Spans(model)
         recorder = _Recorder(model)
         packs = torch.autograd.graph.saved_tensors_hooks(recorder.note_saved, lambda tensor: tensor)

@@ -151,7 +151,9 @@ def _run(
     random.seed(recipe.seed)
     torch.manual_seed(recipe.seed)
     numpy.random.seed(recipe.seed % 2**32)
-    built = build_model(model_spec, code_dirs=code_dirs)
+    built = build_model(model_spec, code_dirs=code_dirs, weightless=is_inspection)
+    for note in built.notes:
+        print(note, flush=True)
     if is_inspection:
         from app.freezing.trace import trace_model
 
@@ -164,7 +166,7 @@ def _run(
     from app.sources.datasets import build_data
     from app.training import loop
 
-    data = build_data(data_spec, code_dirs=code_dirs, seed=recipe.seed)
+    data = build_data(data_spec, code_dirs=code_dirs, seed=recipe.seed, intake=built.intake)
     device = facts["device"]
     if device == "auto":  # started by hand: nobody has chosen one
         device = "cuda:0" if torch.cuda.is_available() else "cpu"
@@ -192,11 +194,12 @@ def _run(
 def _digest_weights(model: Any) -> str | None:
     """SHA-256 of what a checkpoint would hold, by name; None where weights are not there yet."""
     from app.freezing.proof import digest_tensor
+    from app.sources.hub import is_weightless
     from app.training.checkpoint import model_tensors
 
-    tensors = model_tensors(model)
-    if any(tensor.is_meta for tensor in tensors.values()):
+    if is_weightless(model):
         return None
+    tensors = model_tensors(model)
     listed = [[name, digest_tensor(tensor)] for name, tensor in sorted(tensors.items())]
     return "sha256:" + hashlib.sha256(json.dumps(listed).encode()).hexdigest()
 

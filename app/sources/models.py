@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import pickle
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +13,14 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.parameter import is_lazy
 
 from app.freezing.errors import InvalidDocument
 from app.freezing.trace import call_model
 from app.sources.demo.networks import build_network, input_shape
+from app.sources.hub import build_transformers_model, build_vision_model, is_weightless
+from app.sources.intake import Intake
 from app.sources.spec import InputSpec, ModelSpec, is_set_name, split_uri
 from app.sources.user_code import (
     call_factory,
@@ -39,16 +42,26 @@ class BuiltModel:
             where neither the factory nor the spec gave one.
         loss: ``(output, batch) -> scalar tensor``; None leaves it to the output or the targets.
         metrics: name → ``(output, batch) -> float``.
+        intake: how rows of a table become its batches; None where it takes no rows.
+        notes: what whoever trains it should know, in sentences.
     """
 
     model: nn.Module
     example: Any = None
     loss: Callable[[Any, Any], Tensor] | None = None
     metrics: Mapping[str, Callable[[Any, Any], float]] = field(default_factory=dict)
+    intake: Intake | None = None
+    notes: tuple[str, ...] = ()
 
 
-def build_model(spec: ModelSpec, *, code_dirs: Sequence[Path]) -> BuiltModel:
+def build_model(
+    spec: ModelSpec, *, code_dirs: Sequence[Path], weightless: bool = False
+) -> BuiltModel:
     """Build what `spec` names, on the CPU, and load its weights.
+
+    Args:
+        weightless: build a library's model on fake tensors, for its structure alone: no memory is
+            taken and no weights are read, but for the names and shapes in a file of `weights`.
 
     Raises:
         InvalidDocument: the factory gave something else than a model, or the weights do not fit it.
@@ -60,13 +73,28 @@ def build_model(spec: ModelSpec, *, code_dirs: Sequence[Path]) -> BuiltModel:
         built = BuiltModel(model, make_example(InputSpec(input_shape(rest))))
     elif scheme == "python":
         built = _read_answer(call_factory(rest, spec.kwargs, code_dirs=code_dirs), spec.uri)
+    elif scheme == "hf":
+        model, example, intake, notes = build_transformers_model(rest, spec, weightless=weightless)
+        built = BuiltModel(model, example, intake=intake, notes=notes)
     else:
-        raise AssertionError(f"parse_model_spec let {spec.uri!r} through")
+        model, example, intake = build_vision_model(scheme, rest, spec, weightless=weightless)
+        built = BuiltModel(model, example, intake=intake)
     if spec.input is not None:
-        built = BuiltModel(built.model, make_example(spec.input), built.loss, built.metrics)
+        built = replace(built, example=make_example(spec.input))
+    if built.intake is None and isinstance(built.example, Tensor) and built.example.dim() == 4:
+        _, channels, height, width = built.example.shape
+        intake = Intake("image-classification", image_shape=(channels, height, width))
+        built = replace(built, intake=intake)
     _materialize_lazy(built, spec.uri)
     if spec.weights is not None:
-        load_weights(built.model, Path(spec.weights), allow_pickle=spec.allow_pickle)
+        new = load_weights(
+            built.model,
+            Path(spec.weights),
+            allow_pickle=spec.allow_pickle,
+            new_head=spec.new_head,
+        )
+        if new:
+            built = replace(built, notes=(f"New, not in the weights: {_list_some(new)}.",))
     return built
 
 
@@ -128,10 +156,20 @@ def _materialize_lazy(built: BuiltModel, uri: str) -> None:
 # ---------------------------------------------------------------------------------------- weights
 
 
-def load_weights(model: nn.Module, path: Path, *, allow_pickle: bool = False) -> None:
+def load_weights(
+    model: nn.Module, path: Path, *, allow_pickle: bool = False, new_head: bool = False
+) -> list[str]:
     """Load a file or a sharded folder over `model`, every tensor of it and nothing else.
 
-    Tied tensors may be given under any one of their names.
+    Tied tensors may be given under any one of their names. A model without weights of its own is
+    only compared with the file.
+
+    Args:
+        new_head: let tensors that are missing or mis-shaped keep their values, and let go of
+            unexpected ones.
+
+    Returns:
+        The names of the tensors that `new_head` let keep their values.
 
     Raises:
         InvalidDocument: unreadable, or with missing, unexpected or mis-shaped tensors, by name.
@@ -146,6 +184,17 @@ def load_weights(model: nn.Module, path: Path, *, allow_pickle: bool = False) ->
         for name, tensor in given.items()
         if name in expected and tensor.shape != expected[name].shape
     ]
+    fitting = {
+        name: tensor
+        for name, tensor in given.items()
+        if name in expected and tensor.shape == expected[name].shape
+    }
+    if new_head and fitting:
+        loaded = {_identity(expected[name]) for name in fitting}
+        kept = [name for name, tensor in expected.items() if _identity(tensor) not in loaded]
+        if not is_weightless(model):
+            model.load_state_dict(fitting, strict=False)
+        return kept
     faults = [
         f"{kind}: {_list_some(names)}"
         for kind, names in (
@@ -156,12 +205,19 @@ def load_weights(model: nn.Module, path: Path, *, allow_pickle: bool = False) ->
         if names
     ]
     if faults:
-        raise refuse_answer(f"{path.name} does not fit the model; {'; '.join(faults)}.", "weights")
-    model.load_state_dict(given, strict=False)
+        advice = "" if new_head else " If only a head is new, say 'new_head': true."
+        raise refuse_answer(
+            f"{path.name} does not fit the model; {'; '.join(faults)}.{advice}", "weights"
+        )
+    if not is_weightless(model):
+        model.load_state_dict(given, strict=False)
+    return []
 
 
 def _identity(tensor: Tensor) -> Any:
     """What tied tensors have in common in a state dict, whose tensors are new views each time."""
+    if isinstance(tensor, FakeTensor):
+        return tensor.untyped_storage()._cdata, tensor.shape, tensor.stride()
     if tensor.numel() == 0 or tensor.is_meta:
         return id(tensor)
     return tensor.data_ptr(), tensor.shape, tensor.stride()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import keyword
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -21,9 +22,38 @@ MAX_URI_LENGTH = 1_000
 MAX_EVAL_SETS = 100
 MAX_FAULTS = 100  # a document of nothing but unknown keys gets no longer answer
 
-# Schemes that the URIs have room for and that this version does not load yet.
-_LATER_MODELS = ("hf", "timm", "torchvision")
-_LATER_DATASETS = ("hf", "folder", "csv", "json", "parquet")
+_MODEL_FORMS = (
+    "demo:NAME, hf:ORG/NAME, hf:/FOLDER, timm:NAME, torchvision:NAME or "
+    "python:PACKAGE.MODULE:FACTORY"
+)
+_DATASET_FORMS = (
+    "demo:NAME, folder:PATH, csv:PATH, json:PATH, parquet:PATH, hf:NAME or "
+    "python:PACKAGE.MODULE:FACTORY"
+)
+FILE_SCHEMES = ("folder", "csv", "json", "parquet")
+_LIBRARIES = ("timm", "torchvision")
+_HUB_NAME = re.compile(r"(?!.*(--|\.\.))[A-Za-z0-9_][\w.-]{0,95}(/[A-Za-z0-9_][\w.-]{0,95})?")
+
+TASKS: dict[str, str] = {
+    "image-classification": "image-classification",
+    "text-classification": "text-classification",
+    "sentiment-analysis": "text-classification",
+    "token-classification": "token-classification",
+    "ner": "token-classification",
+    "text-generation": "text-generation",
+    "causal-lm": "text-generation",
+    "fill-mask": "fill-mask",
+    "masked-lm": "fill-mask",
+    "text2text-generation": "text2text-generation",
+    "seq2seq-lm": "text2text-generation",
+    "summarization": "text2text-generation",
+    "translation": "text2text-generation",
+    "feature-extraction": "feature-extraction",
+}
+"""What 'task' may say → the hub's own name of it, by which the head is picked."""
+
+ROLES = ("text", "text_pair", "label", "image", "target", "tokens", "labels")
+"""What a column of a table can be to a model."""
 
 
 @dataclass(frozen=True)
@@ -39,10 +69,14 @@ class ModelSpec:
     """Which model, from where, with which weights.
 
     Attributes:
-        num_classes: of a ``demo:`` model's head; None keeps the head as it is.
+        revision: branch, tag or commit of an ``hf:`` model; None is its main branch.
+        task: which head an ``hf:`` model gets; None is the one that its configuration names.
+        num_classes: of the head; None keeps the head as it is.
         weights: absolute path of what is loaded over the model, None for nothing.
+        new_head: `weights` may lack tensors of the model or have them in another shape; those keep
+            their initial values.
         random_init: build without the pretrained weights.
-        kwargs: what a ``python:`` factory is called with.
+        kwargs: what a ``python:`` factory is called with, or overrides of a library's configuration.
         input: wins over the example that a factory gives.
         allow_pickle: `weights` may be a pickle file, read with ``weights_only=True``.
     """
@@ -56,6 +90,7 @@ class ModelSpec:
     kwargs: Mapping[str, Any] = field(default_factory=dict)
     input: InputSpec | None = None
     allow_pickle: bool = False
+    new_head: bool = False
 
 
 @dataclass(frozen=True)
@@ -63,6 +98,9 @@ class DatasetSpec:
     """Which data to train on, and which to hold out.
 
     Attributes:
+        columns: role (one of `ROLES`) → column of a table; guessed where it is not named.
+        max_length: tokens after which a text is cut; None is what the model takes, 512 at most.
+        image_size: pixels of a side; None is what the model takes.
         eval: further evaluation sets, name → URI.
         eval_fraction: share of the training set that is split off for evaluation where the dataset
             brings none; None means a tenth, unless `eval` names a set.
@@ -123,34 +161,35 @@ def parse_model_spec(
         InvalidDocument: with every unknown key (naming the nearest) and every bad value.
     """
     reader = _Reader(document, ModelSpec, "")
-    uri = reader.required_uri(DEMO_MODELS, _LATER_MODELS, code_dirs)
+    uri = reader.required_uri(code_dirs, file_dirs)
     scheme = split_uri(uri)[0]
-    for name in ("revision", "task"):
-        reader.refuse(name, "is for models from a hub; leave it out")
+    if scheme != "hf":
+        for name in ("revision", "task"):
+            reader.refuse(name, "is for hf: models; leave it out")
     if scheme == "python":
         for name in ("num_classes", "random_init"):
             reader.refuse(name, "is up to the factory; give it in 'kwargs'")
-    else:
-        reader.refuse("kwargs", "is for python: models; leave it out")
+    elif scheme == "demo":
+        reader.refuse("kwargs", "is for models that are not built in; leave it out")
     allow_pickle = reader.truth("allow_pickle")
     spec = ModelSpec(
         uri=uri,
+        revision=reader.revision(),
+        task=reader.task(),
         num_classes=reader.whole("num_classes", 1, 10**7, None),
         weights=reader.weights(file_dirs, allow_pickle),
         random_init=reader.truth("random_init"),
         kwargs=reader.keywords("kwargs"),
         input=reader.input(),
         allow_pickle=allow_pickle,
+        new_head=reader.truth("new_head"),
     )
     reader.finish()
     return spec
 
 
 def parse_dataset_spec(
-    document: Any,
-    *,
-    code_dirs: Sequence[Path],
-    file_dirs: Sequence[Path],  # noqa: ARG001 (for schemes that read files)
+    document: Any, *, code_dirs: Sequence[Path], file_dirs: Sequence[Path]
 ) -> DatasetSpec:
     """Read a dataset spec; nothing is loaded and no user code is touched.
 
@@ -164,21 +203,27 @@ def parse_dataset_spec(
             fields begin with ``dataset``.
     """
     reader = _Reader(document, DatasetSpec, "dataset")
-    uri = reader.required_uri(DEMO_DATASETS, _LATER_DATASETS, code_dirs)
-    reader.refuse("columns", "is for tables; leave it out")
-    reader.refuse("max_length", "is for texts that Frostline tokenises; leave it out")
-    reader.refuse("image_size", "is for images that Frostline resizes; leave it out")
-    if split_uri(uri)[0] == "demo":
+    uri = reader.required_uri(code_dirs, file_dirs)
+    scheme = split_uri(uri)[0]
+    if scheme in ("demo", "python"):
+        reader.refuse("columns", "is for tables; leave it out")
+        reader.refuse("max_length", "is for texts that Frostline tokenises; leave it out")
+        reader.refuse("image_size", "is for images that Frostline resizes; leave it out")
+    if scheme != "python":
         reader.refuse("kwargs", "is for python: datasets; leave it out")
+    if scheme == "demo":
         reader.refuse("eval_fraction", f"must be left out: {uri} brings its own held-out examples")
-    eval_sets = reader.eval_sets(code_dirs)
+    eval_sets = reader.eval_sets(code_dirs, file_dirs)
     fraction = reader.fraction("eval_fraction")
     if fraction is not None and "eval" in eval_sets:
         reader.fault("eval_fraction", "'eval_fraction' and 'eval' both give the set named 'eval'.")
     spec = DatasetSpec(
         uri=uri,
+        columns=reader.columns(),
         eval=eval_sets,
         eval_fraction=fraction,
+        max_length=reader.whole("max_length", 1, 10**6, None),
+        image_size=reader.whole("image_size", 1, 10**4, None),
         num_workers=reader.whole("num_workers", 0, 256, 0) or 0,
         kwargs=reader.keywords("kwargs"),
     )
@@ -244,29 +289,44 @@ class _Reader:
 
         return dict(self._take(name, {}, is_good, "an object of keyword arguments"))
 
-    def required_uri(
-        self, demos: Mapping[str, str], later: Sequence[str], code_dirs: Sequence[Path]
-    ) -> str:
-        uri = self._document.get("uri")
-        fault = _find_uri_fault(uri, self._noun, demos, later, code_dirs)
-        if fault:
-            self.fault("uri", fault)
-            self.finish()  # what the other options may be depends on the URI
-        assert isinstance(uri, str)
-        return uri
+    def revision(self) -> str | None:
+        words = "a branch, a tag or a commit"
+        return self._take("revision", None, _is_revision, words)
 
-    def eval_sets(self, code_dirs: Sequence[Path]) -> Mapping[str, str]:
+    def task(self) -> str | None:
+        """The task by the hub's name of it."""
+        words = f"one of {', '.join(TASKS)}"
+        task = self._take("task", None, lambda v: isinstance(v, str) and v in TASKS, words)
+        return task and TASKS[task]
+
+    def columns(self) -> Mapping[str, str] | None:
+        words = f"an object of roles ({', '.join(ROLES)}) and columns"
+        return self._take("columns", None, _names_columns, words)
+
+    def required_uri(self, code_dirs: Sequence[Path], file_dirs: Sequence[Path]) -> str:
+        try:
+            return _read_uri(self._document.get("uri"), self._noun, code_dirs, file_dirs)
+        except ValueError as error:
+            self.fault("uri", str(error))
+        self.finish()  # what the other options may be depends on the URI
+        raise AssertionError("a fault was added")
+
+    def eval_sets(
+        self, code_dirs: Sequence[Path], file_dirs: Sequence[Path]
+    ) -> Mapping[str, str]:
         words = f"an object of at most {MAX_EVAL_SETS} names and URIs"
-        sets = self._take(
+        given = self._take(
             "eval", {}, lambda v: isinstance(v, Mapping) and len(v) <= MAX_EVAL_SETS, words
         )
-        for name, uri in sets.items():
+        sets: dict[str, str] = {}
+        for name, uri in given.items():
             if not is_set_name(name):
                 self.fault("eval", f"{_show(name)} cannot name a set: {SET_NAME_WORDS}.")
-            fault = _find_uri_fault(uri, "dataset", DEMO_DATASETS, _LATER_DATASETS, code_dirs)
-            if fault:
-                self.fault(f"eval.{name}", fault)
-        return dict(sets)
+            try:
+                sets[name] = _read_uri(uri, "dataset", code_dirs, file_dirs)
+            except ValueError as error:
+                self.fault(f"eval.{name}", str(error))
+        return sets
 
     def input(self) -> InputSpec | None:
         words = "an object like {'shape': [3, 6, 6], 'dtype': 'float32'}"
@@ -355,30 +415,76 @@ def is_set_name(name: Any) -> bool:
     return isinstance(name, str) and 0 < len(name) <= 100 and name.isprintable() and "/" not in name
 
 
-def _find_uri_fault(
-    uri: Any,
-    noun: str,
-    demos: Mapping[str, str],
-    later: Sequence[str],
-    code_dirs: Sequence[Path],
-) -> str | None:
-    """What is wrong with a URI, in a sentence; None where nothing is."""
-    forms = f"A {noun} is named by demo:NAME or python:PACKAGE.MODULE:FACTORY"
+def _read_uri(
+    uri: Any, noun: str, code_dirs: Sequence[Path], file_dirs: Sequence[Path]
+) -> str:
+    """The URI, its path made real where it names one.
+
+    Raises:
+        ValueError: what is wrong with it, in a sentence.
+    """
+    is_model = noun == "model"
+    forms = f"A {noun} is named by {_MODEL_FORMS if is_model else _DATASET_FORMS}"
     if not isinstance(uri, str) or not uri:
-        return f"{forms}; " + ("there is no 'uri'." if uri is None else f"this is {_show(uri)}.")
+        raise ValueError(
+            f"{forms}; " + ("there is no 'uri'." if uri is None else f"this is {_show(uri)}.")
+        )
     if len(uri) > MAX_URI_LENGTH:
-        return f"A URI has at most {MAX_URI_LENGTH:,} characters; this one has {len(uri):,}."
+        raise ValueError(
+            f"A URI has at most {MAX_URI_LENGTH:,} characters; this one has {len(uri):,}."
+        )
     scheme, rest = split_uri(uri)
     if scheme == "demo":
-        if rest in demos:
-            return None
-        built_in = ", ".join(f"demo:{name}" for name in demos)
-        return f"{_show(uri)} is not built in; built in are {built_in}."
-    if scheme == "python":
-        return _find_entry_point_fault(uri, rest, code_dirs)
-    if scheme in later:
-        return f"This version does not load {scheme}: {noun}s yet. {forms}; this is {_show(uri)}."
-    return f"{forms}; this is {_show(uri)}."
+        demos = DEMO_MODELS if is_model else DEMO_DATASETS
+        if rest not in demos:
+            built_in = ", ".join(f"demo:{name}" for name in demos)
+            raise ValueError(f"{_show(uri)} is not built in; built in are {built_in}.")
+    elif scheme == "python":
+        if fault := _find_entry_point_fault(uri, rest, code_dirs):
+            raise ValueError(fault)
+    elif scheme == "hf":
+        return f"hf:{_read_hub_name(uri, rest, file_dirs)}"
+    elif is_model and scheme in _LIBRARIES:
+        if not re.fullmatch(r"[A-Za-z0-9_][\w.-]*", rest):
+            raise ValueError(f"{_show(uri)} must have the form {scheme}:NAME.")
+    elif not is_model and scheme in FILE_SCHEMES:
+        return f"{scheme}:{_read_data_path(scheme, rest, file_dirs)}"
+    else:
+        raise ValueError(f"{forms}; this is {_show(uri)}.")
+    return uri
+
+
+def _read_hub_name(uri: str, rest: str, file_dirs: Sequence[Path]) -> str:
+    """ORG/NAME as it is, a folder as its real path."""
+    if rest.startswith(("/", ".", "~")):
+        path = resolve_below(rest, file_dirs)
+        if not path.is_dir():
+            raise ValueError(f"{_show(uri)} names no folder.")
+        return str(path)
+    if not _HUB_NAME.fullmatch(rest):
+        raise ValueError(f"{_show(uri)} must have the form hf:ORG/NAME or hf:/FOLDER.")
+    return rest
+
+
+def _read_data_path(scheme: str, rest: str, file_dirs: Sequence[Path]) -> Path:
+    if not rest or "\0" in rest:
+        raise ValueError(f"{scheme}: needs a path, like {scheme}:/DATA/NAME.")
+    path = resolve_below(rest, file_dirs)
+    if scheme == "folder" and not path.is_dir():
+        raise ValueError(f"{_show(rest)} is not a folder; folder: wants one sub-folder a class.")
+    if scheme != "folder" and not path.is_file():
+        raise ValueError(f"{_show(rest)} is not a regular file; {scheme}: wants one.")
+    return path
+
+
+def _is_revision(value: Any) -> bool:
+    return isinstance(value, str) and re.fullmatch(r"[\w][\w./-]{0,199}", value) is not None
+
+
+def _names_columns(value: Any) -> bool:
+    return isinstance(value, Mapping) and all(
+        role in ROLES and isinstance(column, str) and column for role, column in value.items()
+    )
 
 
 def _find_entry_point_fault(uri: str, rest: str, code_dirs: Sequence[Path]) -> str | None:

@@ -84,8 +84,8 @@ def test_null_options_of_the_contract_ask_for_nothing() -> None:
     ("uri", "sentence"),
     [
         ("demo:digit", "'demo:digit' is not built in; built in are demo:digits, "),
-        ("hf:org/name", "This version does not load hf: models yet."),
-        ("resnet18", "A model is named by demo:NAME or python:PACKAGE.MODULE:FACTORY; this is"),
+        ("hf:a b", "must have the form hf:ORG/NAME or hf:/FOLDER"),
+        ("resnet18", "A model is named by demo:NAME, hf:ORG/NAME, hf:/FOLDER, timm:NAME"),
         (None, "there is no 'uri'"),
         (7, "this is 7"),
         ("demo:" + "x" * 1000, "at most 1,000 characters; this one has 1,005"),
@@ -102,7 +102,7 @@ def test_a_bad_uri_is_refused_in_a_sentence(uri: Any, sentence: str) -> None:
 
 def test_a_dataset_uri_is_refused_under_its_field_in_a_job() -> None:
     assert "demo:digits-shifted" in refusal(read_dataset, {"uri": "demo:x"})["dataset.uri"]
-    assert "csv: datasets yet" in refusal(read_dataset, {"uri": "csv:a.csv"})["dataset.uri"]
+    assert "No folder is open for reading" in refusal(read_dataset, {"uri": "csv:a.csv"})["dataset.uri"]
 
 
 @pytest.mark.parametrize("document", ["demo:digits", None, [], 3])

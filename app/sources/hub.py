@@ -1,0 +1,372 @@
+"""Builds models of Transformers, timm and torchvision. Knows no weights files and no data."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import inspect
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+
+from app.freezing.errors import InvalidDocument
+from app.sources.intake import IMAGENET_MEAN, IMAGENET_STD, Intake
+from app.sources.spec import ModelSpec
+from app.sources.user_code import refuse_answer
+
+HUB_TIMEOUT_SECONDS = "10"
+EXAMPLE_TOKENS = 16
+EXAMPLE_BATCH = 2
+
+_HEADS = {
+    "image-classification": "AutoModelForImageClassification",
+    "text-classification": "AutoModelForSequenceClassification",
+    "token-classification": "AutoModelForTokenClassification",
+    "text-generation": "AutoModelForCausalLM",
+    "fill-mask": "AutoModelForMaskedLM",
+    "text2text-generation": "AutoModelForSeq2SeqLM",
+    "feature-extraction": "AutoModel",
+}
+_TASK_ENDINGS = {
+    "ForImageClassification": "image-classification",
+    "ForSequenceClassification": "text-classification",
+    "ForTokenClassification": "token-classification",
+    "ForCausalLM": "text-generation",
+    "LMHeadModel": "text-generation",
+    "ForMaskedLM": "fill-mask",
+    "ForConditionalGeneration": "text2text-generation",
+}
+_WITH_CLASSES = ("image-classification", "text-classification", "token-classification")
+
+
+def load_library(name: str) -> Any:
+    """Import a library that not everybody has.
+
+    Raises:
+        InvalidDocument: it is absent or broken, with the command that installs it.
+    """
+    os.environ.setdefault("HF_HUB_ETAG_TIMEOUT", HUB_TIMEOUT_SECONDS)  # read when imported
+    os.environ.setdefault("HF_HUB_DOWNLOAD_TIMEOUT", HUB_TIMEOUT_SECONDS)
+    try:
+        return importlib.import_module(name)
+    except Exception as error:  # a build for another torch raises RuntimeError, not ImportError
+        reason = "is not installed" if isinstance(error, ModuleNotFoundError) else "does not import"
+        first_line = next(iter(str(error).splitlines()), "")[:200]
+        raise refuse_answer(
+            f"{name} {reason} in the worker's Python ({type(error).__name__}: {first_line}); "
+            f"install it there with: pip install {name}"
+        ) from error
+
+
+def build_without_weights(model: nn.Module) -> nn.Module:
+    """Give a model that was built on the meta device fake tensors on the CPU, which need no memory.
+
+    Tied tensors stay tied; flags stay as they are.
+    """
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    made: dict[int, torch.Tensor] = {}
+
+    def replace(tensor: torch.Tensor) -> torch.Tensor:
+        if id(tensor) not in made:
+            with mode:
+                empty = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype)
+            is_parameter = isinstance(tensor, nn.Parameter)
+            made[id(tensor)] = nn.Parameter(empty, tensor.requires_grad) if is_parameter else empty
+        return made[id(tensor)]
+
+    held = list(model.modules())
+    for module in held:
+        for tensors in (module._parameters, module._buffers):
+            for name, tensor in tensors.items():
+                if tensor is not None and tensor.is_meta:
+                    tensors[name] = replace(tensor)  # type: ignore[assignment]
+    return model
+
+
+def is_weightless(model: nn.Module) -> bool:
+    """Whether the model was built for its structure alone."""
+    return any(isinstance(parameter, FakeTensor) or parameter.is_meta for parameter in model.parameters())
+
+
+# ------------------------------------------------------------------------------------------- hf:
+
+
+def build_transformers_model(
+    name: str, spec: ModelSpec, *, weightless: bool
+) -> tuple[nn.Module, Any, Intake, tuple[str, ...]]:
+    """Build an ``hf:`` model by its configuration, with its pretrained weights where wanted.
+
+    Args:
+        name: ORG/NAME, an absolute folder, or, with `random_init`, a model type like ``bert``.
+        weightless: build the structure alone, on fake tensors; weights are not even looked for.
+
+    Returns:
+        The model, an example batch (None where nothing is known), what it takes in, and notes.
+
+    Raises:
+        InvalidDocument: missing, gated, unreachable, needs remote code, has no such head.
+    """
+    transformers = load_library("transformers")
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
+    with _in_words(name, spec):
+        config = _read_config(transformers, name, spec)
+    task = spec.task or _guess_task(config)
+    auto = getattr(transformers, _HEADS[task])
+    if type(config) not in auto._model_mapping:
+        raise refuse_answer(
+            f"{name} is a {config.model_type} model, which has no head for {task!r}; "
+            f"choose another 'task'{_list_tasks(transformers, config)}.",
+            "task",
+        )
+    notes: tuple[str, ...] = ()
+    with _in_words(name, spec):
+        if weightless:
+            with torch.device("meta"):
+                model = build_without_weights(auto.from_config(config, trust_remote_code=False))
+        elif spec.random_init or spec.weights is not None:
+            model = auto.from_config(config, trust_remote_code=False)
+        else:
+            model, notes = _load_pretrained(auto, name, spec, config)
+    intake = _describe_intake(config, task, model, name, spec)
+    return model, _make_transformers_example(model, config, intake), intake, notes
+
+
+def _read_config(transformers: Any, name: str, spec: ModelSpec) -> Any:
+    mapping = transformers.CONFIG_MAPPING
+    if spec.random_init and name in mapping:
+        config = mapping[name]()
+    else:
+        config = transformers.AutoConfig.from_pretrained(
+            name, revision=spec.revision, trust_remote_code=False
+        )
+    unknown = [key for key in spec.kwargs if not hasattr(config, key)]
+    if unknown:
+        raise refuse_answer(
+            f"{unknown[0]!r} is not an option of {type(config).__name__}.", "kwargs"
+        )
+    if spec.kwargs:  # made anew, so that what is derived from other options is derived again
+        document = config.to_dict()
+        # Given one by one for as many layers as there were.
+        document.pop("layer_types", None)
+        config = type(config).from_dict({**document, **spec.kwargs})
+    if spec.num_classes is not None and spec.num_classes != config.num_labels:
+        config.num_labels = spec.num_classes
+    return config
+
+
+def _guess_task(config: Any) -> str:
+    for architecture in config.architectures or ():
+        for ending, task in _TASK_ENDINGS.items():
+            if architecture.endswith(ending):
+                return task
+    return "feature-extraction"
+
+
+def _list_tasks(transformers: Any, config: Any) -> str:
+    offered = [
+        task
+        for task, head in _HEADS.items()
+        if type(config) in getattr(transformers, head)._model_mapping
+    ]
+    return f" of {', '.join(offered)}" if offered else ""
+
+
+def _load_pretrained(
+    auto: Any, name: str, spec: ModelSpec, config: Any
+) -> tuple[nn.Module, tuple[str, ...]]:
+    model, report = auto.from_pretrained(
+        name,
+        config=config,
+        revision=spec.revision,
+        trust_remote_code=False,
+        use_safetensors=None if spec.allow_pickle else True,
+        weights_only=True,
+        dtype=torch.float32,
+        ignore_mismatched_sizes=True,
+        output_loading_info=True,
+    )
+    misshaped = sorted(str(key[0]) for key in report["mismatched_keys"])
+    missing = sorted(map(str, report["missing_keys"]))
+    expected = dict(model.named_parameters())
+    if expected and len(set(missing) & set(expected)) == len(expected):
+        raise refuse_answer(f"No tensor of the weights of {name} fits {type(model).__name__}.")
+    if misshaped and spec.num_classes is None and not spec.kwargs:
+        raise refuse_answer(f"The weights of {name} have another shape: {', '.join(misshaped[:5])}.")
+    new = [*missing, *misshaped]
+    return model, (f"New, not in the weights: {', '.join(new[:10])}.",) if new else ()
+
+
+@contextlib.contextmanager
+def _in_words(name: str, spec: ModelSpec) -> Iterator[None]:
+    """Whatever Transformers raises on its way to a model, as one sentence."""
+    try:
+        yield
+    except (InvalidDocument, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        raise refuse_answer(_explain(name, spec, error)) from error
+
+
+def _explain(name: str, spec: ModelSpec, error: Exception) -> str:
+    causes, link = [], error
+    while link is not None and link not in causes:
+        causes.append(link)
+        link = link.__cause__ or link.__context__  # type: ignore[assignment]
+    kinds = {type(cause).__name__ for cause in causes}
+    text = " ".join(str(cause) for cause in causes)
+    where = f"{name} at revision {spec.revision}" if spec.revision else name
+    if "trust_remote_code" in text:
+        return f"{where} brings code of its own, which Frostline never runs; use another model."
+    if "GatedRepoError" in kinds or "gated repo" in text:
+        return f"{where} is gated: ask for access on its page, then set HF_TOKEN and try again."
+    if "RevisionNotFoundError" in kinds:
+        return f"{name} has no revision {spec.revision!r}."
+    if "RepositoryNotFoundError" in kinds:
+        return f"There is no model {name} on the hub, or it is private and HF_TOKEN may not read it."
+    if "safetensors" in text and "no file named" in text:
+        return (
+            f"{where} has no model.safetensors. If it has a pickle file that you trust, say "
+            "'allow_pickle': true; or say 'random_init': true to start without weights."
+        )
+    if Path(name).is_dir():
+        if not (Path(name) / "config.json").is_file():
+            return f"{name} has no config.json; an hf: folder is what save_pretrained() writes."
+        return f"{name} cannot be loaded: {_first_line(error)}"
+    if kinds & {"OfflineModeIsEnabled", "LocalEntryNotFoundError", "ConnectError", "ConnectTimeout",
+                "ReadTimeout", "ConnectionError"} or "connect" in text:  # fmt: skip
+        offline = os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
+        why = "HF_HUB_OFFLINE is set" if offline else "the hub cannot be reached"
+        return f"{where} is not in the cache and {why}; download it first, or name a folder."
+    return f"{where} cannot be loaded: {_first_line(error)}"
+
+
+def _first_line(error: Exception) -> str:
+    line = next((line.strip() for line in str(error).splitlines() if line.strip()), "no reason")
+    return f"{type(error).__name__}: {line[:300]}"
+
+
+def _describe_intake(config: Any, task: str, model: Any, name: str, spec: ModelSpec) -> Intake:
+    names = tuple(str(config.id2label.get(i, "")) for i in range(config.num_labels or 0))
+    known = task in _WITH_CLASSES and not all(n == f"LABEL_{i}" for i, n in enumerate(names))
+    channels = _find(config, "num_channels", 3)
+    size = _find(config, "image_size", 224)
+    height, width = size if isinstance(size, list | tuple) else (size, size)
+    longest = _find(config, "max_position_embeddings", 512)
+    # RoBERTa and its like count positions from the padding's id on.
+    if config.model_type in ("roberta", "xlm-roberta", "camembert", "longformer", "mpnet"):
+        longest -= 2
+    return Intake(
+        task=task,
+        processor=name if "/" in name or not spec.random_init else "",
+        revision=spec.revision,
+        classes=config.num_labels if task in _WITH_CLASSES else None,
+        class_names=names if known else (),
+        max_tokens=min(512, longest),
+        image_shape=(channels, height, width),
+        keyword=getattr(model, "main_input_name", "pixel_values"),
+        is_autoregressive=task == "text-generation",
+    )
+
+
+def _find(config: Any, name: str, default: Any) -> Any:
+    """An option of the configuration, or of the vision or text part within."""
+    parts = [config, *(getattr(config, part, None) for part in ("vision_config", "text_config"))]
+    for part in parts:
+        value = getattr(part, name, None)
+        if isinstance(value, int) or (isinstance(value, list | tuple) and len(value) == 2):
+            return value
+    return default
+
+
+def _make_transformers_example(model: Any, config: Any, intake: Intake) -> dict[str, Any] | None:
+    """One batch by the names of the arguments that the model's forward takes."""
+    takes = inspect.signature(model.forward).parameters
+    tokens = torch.ones(EXAMPLE_BATCH, EXAMPLE_TOKENS, dtype=torch.int64)
+    images = torch.zeros(EXAMPLE_BATCH, *intake.image_shape)
+    main = getattr(model, "main_input_name", "input_ids")
+    known: Mapping[str, torch.Tensor] = {
+        "input_ids": tokens,
+        "pixel_values": images,
+        "input_values": torch.zeros(EXAMPLE_BATCH, 16_000),
+        "input_features": torch.zeros(EXAMPLE_BATCH, _find(config, "num_mel_bins", 80), 3_000),
+    }
+    if main not in known:
+        return None
+    example = {main: known[main]}
+    for name in ("decoder_input_ids",):
+        if name in takes and config.is_encoder_decoder:
+            example[name] = tokens
+    if main == "input_ids" and "pixel_values" in takes and intake.task == "feature-extraction" and hasattr(config, "projection_dim"):
+        example["pixel_values"] = images  # two towers, like CLIP's
+    return example
+
+
+# ------------------------------------------------------------------------------ timm, torchvision
+
+
+def build_vision_model(
+    scheme: str, name: str, spec: ModelSpec, *, weightless: bool
+) -> tuple[nn.Module, Any, Intake]:
+    """Build a ``timm:`` or ``torchvision:`` model.
+
+    Raises:
+        InvalidDocument: the library is absent, knows no such model, or cannot get its weights.
+    """
+    library = load_library(scheme)
+    models = library if scheme == "timm" else importlib.import_module("torchvision.models")
+    names = set(models.list_models())
+    if name.partition(".")[0] not in names:
+        import difflib
+
+        near = ", ".join(difflib.get_close_matches(name, names, n=3, cutoff=0))
+        raise refuse_answer(f"{scheme} has no model {name!r}; the nearest are {near}.")
+    wants_weights = not (weightless or spec.random_init or spec.weights is not None)
+    options = dict(spec.kwargs)
+    if spec.num_classes is not None:
+        options["num_classes"] = spec.num_classes
+    try:
+        with torch.device("meta") if weightless else contextlib.nullcontext():
+            if scheme == "timm":
+                model = models.create_model(name, pretrained=wants_weights, **options)
+            else:
+                model = _build_torchvision(models, name, options, wants_weights)
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        raise refuse_answer(f"{scheme}:{name} cannot be built: {_first_line(error)}") from error
+    if weightless:
+        build_without_weights(model)
+    shape, mean, std = (3, 224, 224), IMAGENET_MEAN, IMAGENET_STD
+    if scheme == "timm":
+        given = model.pretrained_cfg
+        shape = tuple(given.get("input_size", shape))
+        mean, std = tuple(given.get("mean", mean)), tuple(given.get("std", std))
+    intake = Intake(
+        "image-classification", classes=_head_size(model), image_shape=shape, mean=mean, std=std
+    )
+    return model, torch.zeros(EXAMPLE_BATCH, *shape), intake
+
+
+def _build_torchvision(models: Any, name: str, options: dict[str, Any], wants_weights: bool) -> Any:
+    """torchvision refuses another number of classes over its weights: all but the head is loaded."""
+    if not wants_weights:
+        return models.get_model(name, weights=None, **options)
+    weights = models.get_model_weights(name).DEFAULT
+    model = models.get_model(name, weights=None, **options)
+    own = model.state_dict()
+    given = weights.get_state_dict(progress=False, check_hash=True)
+    fitting = {k: v for k, v in given.items() if k in own and own[k].shape == v.shape}
+    model.load_state_dict(fitting, strict=False)
+    return model
+
+
+def _head_size(model: nn.Module) -> int | None:
+    """Outputs of the last linear layer."""
+    linears = [m for m in model.modules() if isinstance(m, nn.Linear)]
+    return getattr(model, "num_classes", linears[-1].out_features if linears else None)
