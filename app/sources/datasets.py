@@ -1,4 +1,4 @@
-"""Builds training and evaluation sets from their spec. Knows no model and no batches."""
+"""Builds training and evaluation sets from their spec, for what a model takes in. Knows no batches."""
 
 from __future__ import annotations
 
@@ -14,7 +14,10 @@ from torch.utils.data import IterableDataset, Subset, TensorDataset
 from app.sources.demo.digits import Images, shift, split_digits
 from app.sources.demo.networks import input_shape
 from app.sources.demo.planes import TRAIN_SIZE, draw_divided
-from app.sources.spec import SET_NAME_WORDS, DatasetSpec, is_set_name, split_uri
+from app.sources.intake import Intake
+from app.sources.items import Items, make_encoder
+from app.sources.rows import check_values, choose_columns, name_classes, read_labels, read_rows
+from app.sources.spec import FILE_SCHEMES, SET_NAME_WORDS, DatasetSpec, is_set_name, split_uri
 from app.sources.user_code import (
     call_factory,
     check_answer_keys,
@@ -24,6 +27,7 @@ from app.sources.user_code import (
 )
 
 DEFAULT_EVAL_FRACTION = 0.1
+ROW_SCHEMES = (*FILE_SCHEMES, "hf")
 
 
 @dataclass(frozen=True)
@@ -35,6 +39,8 @@ class Data:
         collate: items → batch; None is torch's default.
         seed_items: whether items may be random, so that each needs a seed of its own.
         num_workers: processes that load batches.
+        columns: role → column of a table, as they were named or guessed; empty where it is none.
+        class_names: of the labels, by class id; empty where nobody knows.
     """
 
     train: Any
@@ -42,21 +48,28 @@ class Data:
     collate: Callable[[list[Any]], Any] | None = None
     seed_items: bool = True
     num_workers: int = 0
+    columns: Mapping[str, str] = field(default_factory=dict)
+    class_names: tuple[str, ...] = ()
 
 
-def build_data(spec: DatasetSpec, *, code_dirs: Sequence[Path], seed: int) -> Data:
+def build_data(
+    spec: DatasetSpec, *, code_dirs: Sequence[Path], seed: int, intake: Intake | None = None
+) -> Data:
     """Build the sets that `spec` names.
 
     Args:
         spec: what `parse_dataset_spec` let through.
         code_dirs: folders in which the modules of ``python:`` URIs lie.
         seed: decides which examples `eval_fraction` holds out.
+        intake: what the model takes; tables and folders cannot be read without.
 
     Raises:
         InvalidDocument: a set is empty, cannot be indexed, or has items that are neither
             (input, target) pairs nor dicts.
         UserCodeError: a user's factory, or reading its first item, raised.
     """
+    if split_uri(spec.uri)[0] in ROW_SCHEMES:
+        return _build_rows(spec, seed, intake)
     data = _load_uri(spec.uri, spec.kwargs, code_dirs)
     if data.train is None:
         raise refuse_answer(f"{spec.uri} returned no 'train'; it needs a dataset to train on.")
@@ -77,6 +90,12 @@ def _load_uri(uri: str, kwargs: Mapping[str, Any], code_dirs: Sequence[Path]) ->
     scheme, rest = split_uri(uri)
     if scheme == "demo":
         return _load_demo(rest)
+    if scheme in ROW_SCHEMES:
+        raise refuse_answer(
+            f"{uri} is a table, which cannot judge what another kind of dataset trains; give both "
+            "as tables.",
+            "dataset.eval",
+        )
     assert scheme == "python", f"parse_dataset_spec let {uri!r} through"
     return _read_answer(call_factory(rest, kwargs, code_dirs=code_dirs), uri)
 
@@ -91,8 +110,10 @@ def _only_set(data: Data, uri: str) -> Any:
     return next(iter(data.evals.values()), data.train)
 
 
-def _hold_out(data: Data, spec: DatasetSpec, seed: int) -> Data:
-    """Split off evaluation examples where the dataset brings none."""
+def _hold_out(
+    data: Data, spec: DatasetSpec, seed: int, labels: Sequence[int] | None = None
+) -> Data:
+    """Split off evaluation examples where the dataset brings none, by class where `labels` are."""
     asked = spec.eval_fraction is not None
     if data.evals:
         if asked:
@@ -113,11 +134,69 @@ def _hold_out(data: Data, spec: DatasetSpec, seed: int) -> Data:
             "dataset.eval_fraction",
         )
     order = np.random.default_rng(seed).permutation(size)
+    if labels is not None:  # each class by its share: spread evenly over the rows by class
+        order = order[np.argsort(np.asarray(labels)[order], kind="stable")]
+        taken = (np.arange(held_out) + 0.5) * size // held_out
+        order = np.concatenate([order[taken.astype(int)], np.delete(order, taken.astype(int))])
     # Sorted, so that a dataset that reads from disk is read in its own order.
     evaluated, trained = sorted(order[:held_out].tolist()), sorted(order[held_out:].tolist())
     return replace(
         data, train=Subset(data.train, trained), evals={"eval": Subset(data.train, evaluated)}
     )
+
+
+# ----------------------------------------------------------------------- tables and image folders
+
+
+def _build_rows(spec: DatasetSpec, seed: int, intake: Intake | None) -> Data:
+    """Read rows, choose their columns and classes, check them, and encode them for the model."""
+    if intake is None:
+        raise refuse_answer(
+            f"The model does not say what it takes, so {spec.uri} cannot be prepared for it; give "
+            "a python: dataset.",
+            "dataset.uri",
+        )
+    rows = read_rows(spec.uri)
+    columns = choose_columns(rows, intake, spec)
+    label = columns.get("label") or columns.get("labels")
+    labels = read_labels(rows.sets["train"], label) if label else []
+    ids = name_classes(labels, rows, intake, spec.uri) if label else {}
+    encode = make_encoder(intake, spec)
+    sets = dict(rows.sets)
+    for name, uri in spec.eval.items():
+        if split_uri(uri)[0] not in ROW_SCHEMES:
+            raise refuse_answer(f"{uri} is no table, as {spec.uri} is.", f"dataset.eval.{name}")
+        other = read_rows(uri)
+        if lacking := [column for column in columns.values() if column not in other.columns]:
+            raise refuse_answer(
+                f"{uri} has no column {lacking[0]!r}, which {spec.uri} has.", f"dataset.eval.{name}"
+            )
+        sets[name] = other.sets.get("test", other.sets["train"])
+    made: dict[str, Items] = {}
+    for name, part in sets.items():
+        check_values(part, columns, spec.uri)
+        made[name] = Items(part, columns, ids, encode)
+        if label:
+            for value in set(_flatten(read_labels(part, label))):
+                made[name].find_class(value)
+    train = made.pop("train")
+    data = Data(
+        train,
+        made,
+        encode.collate,
+        seed_items=intake.task == "fill-mask",
+        num_workers=spec.num_workers,
+        columns=columns,
+        class_names=tuple(map(str, sorted(ids, key=lambda name: ids[name]))),
+    )
+    by_class = [ids[value] for value in labels] if "label" in columns else None
+    data = _hold_out(data, spec, seed, by_class)
+    run_user_code(lambda: data.train[0], f"The first row of {spec.uri}")
+    return data
+
+
+def _flatten(labels: list[Any]) -> list[Any]:
+    return [x for label in labels for x in (label if isinstance(label, list) else [label])]
 
 
 # ------------------------------------------------------------------------------------ demo: data

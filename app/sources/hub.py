@@ -69,18 +69,19 @@ def build_without_weights(model: nn.Module) -> nn.Module:
     Tied tensors stay tied; flags stay as they are.
     """
     mode = FakeTensorMode(allow_non_fake_inputs=True)
-    made: dict[int, torch.Tensor] = {}
+    made: dict[torch.Tensor, torch.Tensor] = {}  # tensors hash by identity
 
     def replace(tensor: torch.Tensor) -> torch.Tensor:
-        if id(tensor) not in made:
+        if tensor not in made:
             with mode:
-                empty = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype)
+                empty = torch.empty_strided(
+                    tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cpu"
+                )
             is_parameter = isinstance(tensor, nn.Parameter)
-            made[id(tensor)] = nn.Parameter(empty, tensor.requires_grad) if is_parameter else empty
-        return made[id(tensor)]
+            made[tensor] = nn.Parameter(empty, tensor.requires_grad) if is_parameter else empty
+        return made[tensor]
 
-    held = list(model.modules())
-    for module in held:
+    for module in model.modules():
         for tensors in (module._parameters, module._buffers):
             for name, tensor in tensors.items():
                 if tensor is not None and tensor.is_meta:
@@ -90,7 +91,9 @@ def build_without_weights(model: nn.Module) -> nn.Module:
 
 def is_weightless(model: nn.Module) -> bool:
     """Whether the model was built for its structure alone."""
-    return any(isinstance(parameter, FakeTensor) or parameter.is_meta for parameter in model.parameters())
+    return any(
+        isinstance(parameter, FakeTensor) or parameter.is_meta for parameter in model.parameters()
+    )
 
 
 # ------------------------------------------------------------------------------------------- hf:
@@ -197,7 +200,9 @@ def _load_pretrained(
     if expected and len(set(missing) & set(expected)) == len(expected):
         raise refuse_answer(f"No tensor of the weights of {name} fits {type(model).__name__}.")
     if misshaped and spec.num_classes is None and not spec.kwargs:
-        raise refuse_answer(f"The weights of {name} have another shape: {', '.join(misshaped[:5])}.")
+        raise refuse_answer(
+            f"The weights of {name} have another shape: {', '.join(misshaped[:5])}."
+        )
     new = [*missing, *misshaped]
     return model, (f"New, not in the weights: {', '.join(new[:10])}.",) if new else ()
 
@@ -228,7 +233,9 @@ def _explain(name: str, spec: ModelSpec, error: Exception) -> str:
     if "RevisionNotFoundError" in kinds:
         return f"{name} has no revision {spec.revision!r}."
     if "RepositoryNotFoundError" in kinds:
-        return f"There is no model {name} on the hub, or it is private and HF_TOKEN may not read it."
+        return (
+            f"There is no model {name} on the hub, or it is private and HF_TOKEN may not read it."
+        )
     if "safetensors" in text and "no file named" in text:
         return (
             f"{where} has no model.safetensors. If it has a pickle file that you trust, say "
@@ -302,7 +309,12 @@ def _make_transformers_example(model: Any, config: Any, intake: Intake) -> dict[
     for name in ("decoder_input_ids",):
         if name in takes and config.is_encoder_decoder:
             example[name] = tokens
-    if main == "input_ids" and "pixel_values" in takes and intake.task == "feature-extraction" and hasattr(config, "projection_dim"):
+    if (
+        main == "input_ids"
+        and "pixel_values" in takes
+        and intake.task == "feature-extraction"
+        and hasattr(config, "projection_dim")
+    ):
         example["pixel_values"] = images  # two towers, like CLIP's
     return example
 

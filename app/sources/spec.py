@@ -311,9 +311,7 @@ class _Reader:
         self.finish()  # what the other options may be depends on the URI
         raise AssertionError("a fault was added")
 
-    def eval_sets(
-        self, code_dirs: Sequence[Path], file_dirs: Sequence[Path]
-    ) -> Mapping[str, str]:
+    def eval_sets(self, code_dirs: Sequence[Path], file_dirs: Sequence[Path]) -> Mapping[str, str]:
         words = f"an object of at most {MAX_EVAL_SETS} names and URIs"
         given = self._take(
             "eval", {}, lambda v: isinstance(v, Mapping) and len(v) <= MAX_EVAL_SETS, words
@@ -415,9 +413,7 @@ def is_set_name(name: Any) -> bool:
     return isinstance(name, str) and 0 < len(name) <= 100 and name.isprintable() and "/" not in name
 
 
-def _read_uri(
-    uri: Any, noun: str, code_dirs: Sequence[Path], file_dirs: Sequence[Path]
-) -> str:
+def _read_uri(uri: Any, noun: str, code_dirs: Sequence[Path], file_dirs: Sequence[Path]) -> str:
     """The URI, its path made real where it names one.
 
     Raises:

@@ -136,6 +136,13 @@ def _judge_batch(
 ) -> list[tuple[str, float, int]]:
     judged = [("loss", loss.item(), size)]
     logits, target = read_logits(output), read_target(batch)
+    if (
+        logits is not None
+        and target is not None
+        and built.intake
+        and built.intake.is_autoregressive
+    ):
+        logits, target = logits[:, :-1], target[:, 1:]
     if logits is not None and target is not None and not target.is_floating_point():
         classes = _classes_first(logits, target)
         if classes is not None:

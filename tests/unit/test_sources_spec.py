@@ -102,7 +102,10 @@ def test_a_bad_uri_is_refused_in_a_sentence(uri: Any, sentence: str) -> None:
 
 def test_a_dataset_uri_is_refused_under_its_field_in_a_job() -> None:
     assert "demo:digits-shifted" in refusal(read_dataset, {"uri": "demo:x"})["dataset.uri"]
-    assert "No folder is open for reading" in refusal(read_dataset, {"uri": "csv:a.csv"})["dataset.uri"]
+    assert (
+        "No folder is open for reading"
+        in refusal(read_dataset, {"uri": "csv:a.csv"})["dataset.uri"]
+    )
 
 
 @pytest.mark.parametrize("document", ["demo:digits", None, [], 3])
