@@ -120,7 +120,7 @@ def _choose_attempt(folder: Path, number: int | None) -> Path:
 def _run(
     folder: Path, directory: Path, facts: Mapping[str, Any], report: "Report", wishes: "Wishes"
 ) -> tuple[str, int]:
-    """Read the spec, load what it names, then inspect, evaluate or train it.
+    """Read the spec, load what it names, then inspect, preview, evaluate or train it.
 
     Returns:
         The outcome and the step at which it came.
@@ -133,7 +133,7 @@ def _run(
     spec = _read_spec(folder)
     code_dirs, file_dirs = ([Path(path) for path in spec[name]] for name in _FOLDER_LISTS)
     model_spec = parse_model_spec(spec["model"], code_dirs=code_dirs, file_dirs=file_dirs)
-    is_inspection = spec["kind"] == "inspect"
+    is_inspection, is_preview = (spec["kind"] == kind for kind in ("inspect", "preview"))
     if not is_inspection:
         data_spec = parse_dataset_spec(spec["dataset"], code_dirs=code_dirs, file_dirs=file_dirs)
     config = parse_config(spec.get("config", {}))
@@ -151,7 +151,7 @@ def _run(
     random.seed(recipe.seed)
     torch.manual_seed(recipe.seed)
     numpy.random.seed(recipe.seed % 2**32)
-    built = build_model(model_spec, code_dirs=code_dirs, weightless=is_inspection)
+    built = build_model(model_spec, code_dirs=code_dirs, weightless=is_inspection or is_preview)
     for note in built.notes:
         print(note, flush=True)
     if is_inspection:
@@ -167,6 +167,11 @@ def _run(
     from app.training import loop
 
     data = build_data(data_spec, code_dirs=code_dirs, seed=recipe.seed, intake=built.intake)
+    if is_preview:
+        from app.sources.preview import preview_data
+
+        job_folder.write_document(directory / "preview.json", preview_data(data))
+        return "succeeded", 0
     device = facts["device"]
     if device == "auto":  # started by hand: nobody has chosen one
         device = "cuda:0" if torch.cuda.is_available() else "cpu"
@@ -213,8 +218,8 @@ def _read_spec(folder: Path) -> dict[str, Any]:
         spec = job_folder.read_spec(folder)
     except ValueError as error:
         raise InvalidDocument([("", f"The job's spec.json cannot be read: {error}")]) from error
-    if spec.get("kind") not in ("train", "evaluate", "inspect"):
-        message = f"'kind' is {spec.get('kind')!r}; it must be train, evaluate or inspect."
+    if spec.get("kind") not in ("train", "evaluate", "inspect", "preview"):
+        message = f"'kind' is {spec.get('kind')!r}; it must be train, evaluate, inspect or preview."
         raise InvalidDocument([("kind", message)])
     needed = ("model",) if spec["kind"] == "inspect" else ("model", "dataset")
     if missing := [(name, f"The spec has no {name!r}.") for name in needed if name not in spec]:

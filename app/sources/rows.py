@@ -109,7 +109,9 @@ def _read_table(scheme: str, rest: str, uri: str) -> Rows:
         link: BaseException = error
         while link.__cause__ is not None:
             link = link.__cause__
-        line = next(iter(str(link).splitlines()), "")[:300] or type(link).__name__
+        line = next(iter(str(link).splitlines()), "")[:300].rstrip(".") or type(link).__name__
+        if "corresponds to no data" in line:
+            raise refuse_answer(f"{uri} is empty: it has no rows.", "dataset.uri") from error
         advice = " Download it first, or name a file." if scheme == "hf" else ""
         raise refuse_answer(f"{uri} cannot be read: {line}.{advice}", "dataset.uri") from error
     if "train" not in loaded:
@@ -139,6 +141,12 @@ def choose_columns(rows: Rows, intake: Intake, spec: DatasetSpec) -> dict[str, s
             f"{', '.join(TASK_ROLES)}.",
             "task",
         )
+    if split_uri(spec.uri)[0] == "folder" and intake.task != "image-classification":
+        raise refuse_answer(
+            f"{spec.uri} holds images, and a model for {intake.task} takes text; give a table, or "
+            "a model for image-classification.",
+            "dataset.uri",
+        )
     given = dict(spec.columns or {})
     for role, column in given.items():
         if column not in rows.columns:
@@ -149,12 +157,15 @@ def choose_columns(rows: Rows, intake: Intake, spec: DatasetSpec) -> dict[str, s
     first = rows.sets["train"][0]
     chosen = dict(given)
     wanted = [*needed, *(["text_pair"] if intake.task == "text-classification" else [])]
-    for role in sorted(wanted, key=lambda role: role not in ("label", "labels", "target")):
+    train = rows.sets["train"]
+    for role in sorted(wanted, key=_GUESS_ORDER.index):
         free = [column for column in rows.columns if column not in chosen.values()]
         if role in chosen:
             continue
         usual = [column for name in _USUAL_NAMES[role] for column in free if column.lower() == name]
         fitting = usual or [column for column in free if _may_be(role, first[column])]
+        if role == "label" and len(fitting) > 1:
+            fitting = [column for column in fitting if _repeats(train, column)]
         if role == "text_pair":
             if usual:
                 chosen[role] = usual[0]
@@ -168,6 +179,17 @@ def choose_columns(rows: Rows, intake: Intake, spec: DatasetSpec) -> dict[str, s
                 f"dataset.columns.{role}",
             )
     return {role: chosen[role] for role in wanted if role in chosen}
+
+
+# A label before the text, which could be any other string; an image before all.
+_GUESS_ORDER = ("image", "labels", "label", "target", "tokens", "text", "text_pair")
+_LOOKED_AT = 1_000
+
+
+def _repeats(rows: Any, column: str) -> bool:
+    """Whether a column has at most half as many values as rows, as classes do."""
+    values = rows[:_LOOKED_AT][column]
+    return len(set(values)) * 2 <= len(values)
 
 
 def _may_be(role: str, value: Any) -> bool:

@@ -1,0 +1,298 @@
+"""People's own models and tables: built, traced, trained with a freeze, and refused in words."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tests.unit.own_files import make_reviews, write_csv, write_images, write_json, write_model
+from tests.unit.runs import Wish
+
+from app.freezing.config import parse_config
+from app.freezing.errors import InvalidDocument
+from app.freezing.trace import trace_model
+from app.sources.datasets import Data, build_data
+from app.sources.models import BuiltModel, build_model
+from app.sources.preview import preview_data
+from app.sources.spec import DatasetSpec, parse_dataset_spec, parse_model_spec
+from app.training.loop import train
+from app.training.recipe import parse_recipe
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore::FutureWarning"),
+]
+
+
+def build(folder: Path, uri: str, *, weightless: bool = False, **options: Any) -> BuiltModel:
+    spec = parse_model_spec({"uri": uri, **options}, code_dirs=[], file_dirs=[folder])
+    return build_model(spec, code_dirs=[], weightless=weightless)
+
+
+def read(folder: Path, uri: str, built: BuiltModel, **options: Any) -> Data:
+    spec = parse_dataset_spec({"uri": uri, **options}, code_dirs=[], file_dirs=[folder])
+    return build_data(spec, code_dirs=[], seed=0, intake=built.intake)
+
+
+def run(built: BuiltModel, data: Data, folder: Path, frozen: str, **options: Any) -> Any:
+    """Train with `frozen` frozen; (first loss, last loss, proof, last metrics)."""
+    events: list[tuple[str, dict[str, Any]]] = []
+    train(
+        built,
+        data,
+        parse_config({"rules": [{"action": "freeze", "match": frozen}]}),
+        parse_recipe({"batch_size": 8, "epochs": 12, "lr": 0.01, "device": "cpu", **options}),
+        device="cpu",
+        checkpoints=folder / "checkpoints",
+        emit=lambda kind, payload: events.append((kind, payload)),
+        wishes=Wish,
+    )
+    judged = [e["values"] for kind, e in events if kind == "metrics" and "eval/eval/loss" in e["values"]]
+    proof = [payload for kind, payload in events if kind == "proof"][-1]
+    return judged[0], judged[-1], proof
+
+
+def test_a_text_classifier_learns_from_a_csv_with_its_embeddings_frozen(tmp_path: Path) -> None:
+    write_model(tmp_path / "bert", "bert", "BertForSequenceClassification")
+    write_csv(tmp_path / "reviews.csv", make_reviews(160))
+    built = build(tmp_path, f"hf:{tmp_path}/bert")
+    data = read(tmp_path, "csv:reviews.csv", built, eval_fraction=0.25)
+    assert data.columns == {"text": "review", "label": "verdict"}
+    assert data.class_names == ("bad", "good")
+    assert len(data.evals["eval"]) == 40
+    held_out = [data.evals["eval"][i]["labels"] for i in range(40)]
+    assert sum(held_out) == 20
+    first, last, proof = run(built, data, tmp_path, "bert.embeddings.**")
+    assert last["eval/eval/loss"] < first["eval/eval/loss"]
+    assert last["eval/eval/accuracy"] == 1.0
+    assert proof["verdict"] == "holds"
+    assert proof["frozen"]["identical"] == 5
+
+
+def test_a_causal_model_learns_from_json_with_its_first_block_frozen(tmp_path: Path) -> None:
+    write_model(tmp_path / "gpt2", "gpt2", "GPT2LMHeadModel")
+    write_json(tmp_path / "texts.json", [{"text": row["review"]} for row in make_reviews()])
+    built = build(tmp_path, f"hf:{tmp_path}/gpt2")
+    data = read(tmp_path, "json:texts.json", built)
+    first, last, proof = run(built, data, tmp_path, "transformer.h.0")
+    assert last["eval/eval/loss"] < first["eval/eval/loss"] - 0.5
+    assert proof["verdict"] == "holds"
+
+
+@pytest.mark.parametrize(
+    ("kind", "architecture", "frozen"),
+    [("t5", "T5ForConditionalGeneration", "encoder"), ("bert", "BertForMaskedLM", "bert.embeddings")],
+)
+def test_other_text_models_train_from_parquet(
+    tmp_path: Path, kind: str, architecture: str, frozen: str
+) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    write_model(tmp_path / kind, kind, architecture)
+    rows = [{"source": row["review"], "target": row["verdict"]} for row in make_reviews()]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "rows.parquet")
+    built = build(tmp_path, f"hf:{tmp_path}/{kind}")
+    data = read(tmp_path, "parquet:rows.parquet", built)
+    first, last, proof = run(built, data, tmp_path, frozen)
+    assert last["eval/eval/loss"] < first["eval/eval/loss"]
+    assert proof["verdict"] == "holds"
+
+
+def test_an_image_classifier_learns_from_a_folder_with_a_new_head(tmp_path: Path) -> None:
+    write_model(tmp_path / "vit", "vit", "ViTForImageClassification", num_labels=5)
+    write_images(tmp_path / "photos")
+    built = build(tmp_path, f"hf:{tmp_path}/vit", num_classes=2)
+    assert built.notes == ("New, not in the weights: classifier.bias, classifier.weight.",)
+    data = read(tmp_path, "folder:photos", built, eval_fraction=0.25)
+    assert data.class_names == ("dark", "light")
+    first, last, proof = run(built, data, tmp_path, "vit.**")
+    assert last["eval/eval/loss"] < first["eval/eval/loss"]
+    assert proof["verdict"] == "holds"
+
+
+def test_a_tagger_trains_on_words_with_a_label_each(tmp_path: Path) -> None:
+    write_model(tmp_path / "bert", "bert", "BertForTokenClassification", num_labels=2)
+    rows = [{"tokens": r["review"].split(), "ner_tags": [0, 0, 0, 1, 1]} for r in make_reviews()]
+    write_json(tmp_path / "tags.json", rows)
+    built = build(tmp_path, f"hf:{tmp_path}/bert")
+    data = read(tmp_path, "json:tags.json", built)
+    _, last, proof = run(built, data, tmp_path, "bert.embeddings.**")
+    assert last["eval/eval/accuracy"] > 0.9
+    assert proof["verdict"] == "holds"
+
+
+def test_images_also_train_a_network_that_only_has_an_example(tmp_path: Path) -> None:
+    write_images(tmp_path / "photos", ("a", "b"))
+    built = build(tmp_path, "demo:multi-layer-model")
+    data = read(tmp_path, "folder:photos", built)
+    _, _, proof = run(built, data, tmp_path, "conv1")
+    assert proof["verdict"] == "holds"
+
+
+@pytest.mark.parametrize("kind", ["bert", "gpt2", "t5", "vit"])
+def test_a_configuration_is_enough_for_the_tree_and_the_same_graph(
+    tmp_path: Path, kind: str
+) -> None:
+    write_model(tmp_path / kind, kind)
+    uri = f"hf:{tmp_path}/{kind}"
+    fake = build(tmp_path, uri, weightless=True)
+    real = build(tmp_path, uri, random_init=True)
+    left, right = trace_model(fake.model, fake.example), trace_model(real.model, real.example)
+    assert left.traced_by == right.traced_by == "fake"
+    assert left.nodes == right.nodes
+    assert left.to_document() == right.to_document()
+
+
+def test_a_model_larger_than_any_memory_shows_its_tree(tmp_path: Path) -> None:
+    kwargs = {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80,
+              "num_attention_heads": 64}  # fmt: skip
+    built = build(tmp_path, "hf:llama", random_init=True, kwargs=kwargs, weightless=True)
+    assert trace_model(built.model, built.example).parameter_count > 60e9
+
+
+def test_a_preview_shows_examples_with_their_labels(tmp_path: Path) -> None:
+    write_model(tmp_path / "bert", "bert", "BertForSequenceClassification")
+    write_model(tmp_path / "vit", "vit", "ViTForImageClassification")
+    write_csv(tmp_path / "reviews.csv", make_reviews())
+    write_images(tmp_path / "photos")
+    texts = build(tmp_path, "hf:./bert", weightless=True)
+    shown = preview_data(read(tmp_path, "csv:reviews.csv", texts))
+    assert shown["sizes"] == {"train": 36, "eval": 4}
+    assert shown["columns"] == {"text": "review", "label": "verdict"}
+    assert {example["label"] for example in shown["examples"]} == {"good", "bad"}
+    images = build(tmp_path, "hf:./vit", weightless=True)
+    photos = preview_data(read(tmp_path, "folder:photos", images))
+    assert photos["examples"][0]["image"].startswith("data:image/png;base64,")
+    demo = preview_data(build_data(DatasetSpec("demo:digits"), code_dirs=[], seed=0))
+    assert demo["examples"][0]["input"] == "float32 of shape (1, 8, 8)"
+    json.dumps([shown, photos, demo])
+
+
+# ------------------------------------------------------------------------------------------ refused
+
+
+def refusal(
+    folder: Path,
+    model: str,
+    dataset: str | None = None,
+    of_model: dict[str, Any] | None = None,
+    **options: Any,
+) -> str:
+    with pytest.raises(InvalidDocument) as caught:
+        built = build(folder, model, **(of_model or {}))
+        assert dataset is not None
+        read(folder, dataset, built, **options)
+    return str(caught.value)
+
+
+@pytest.fixture(scope="module")
+def shelf(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of good and bad models and datasets."""
+    folder = tmp_path_factory.mktemp("shelf")
+    write_model(folder / "bert", "bert", "BertForSequenceClassification")
+    write_model(folder / "vit", "vit", "ViTForImageClassification")
+    write_model(folder / "config", "bert")
+    (folder / "empty").mkdir()
+    (folder / "junk").mkdir()
+    (folder / "junk/config.json").write_text("{not json")
+    (folder / "unknown").mkdir()
+    (folder / "unknown/config.json").write_text('{"model_type": "no-such-type"}')
+    (folder / "remote").mkdir()
+    (folder / "remote/config.json").write_text(
+        '{"model_type": "own", "auto_map": {"AutoConfig": "own.Config"}}'
+    )
+    write_model(folder / "short", "bert", "BertForSequenceClassification")
+    weights = folder / "short/model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:5000])
+    good = make_reviews()
+    write_csv(folder / "good.csv", good)
+    write_csv(folder / "one.csv", [{**row, "verdict": "same"} for row in good])
+    write_csv(folder / "three.csv", [{**r, "verdict": n % 3} for n, r in enumerate(good)])
+    write_csv(folder / "vague.csv", [{"a": "x", "b": "y", "c": "z"}] * 4)
+    write_csv(folder / "negative.csv", [{"text": "x", "label": n % 2 - 1} for n in range(8)])
+    write_csv(folder / "share.csv", [{"text": "x", "label": n / 7} for n in range(8)])
+    write_csv(folder / "hole.csv", [*[{"text": "x", "label": 1}] * 3, {"text": "", "label": 0}])
+    write_csv(folder / "numbers.csv", [{"text": n, "label": n % 2} for n in range(8)])
+    (folder / "header.csv").write_text("text,label\n")
+    (folder / "void.csv").write_text("")
+    (folder / "broken.json").write_text('{"text": "x"\n{{')
+    (folder / "broken.parquet").write_bytes(b"PAR1 no")
+    write_images(folder / "photos")
+    write_images(folder / "alone", ("only",))
+    write_images(folder / "many", ("a", "b", "c"))
+    write_images(folder / "spoilt")
+    (folder / "spoilt/dark/9.png").write_bytes(b"no image")
+    (folder / "hollow/a").mkdir(parents=True)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("model", "dataset", "options", "sentence"),
+    [
+        ("hf:org/absent", None, {}, "is not in the cache and HF_HUB_OFFLINE is set"),
+        ("hf:/nowhere", None, {}, "There is no '/nowhere' below the folders open for reading"),
+        ("hf:./empty", None, {}, "has no config.json"),
+        ("hf:./junk", None, {}, "cannot be loaded"),
+        ("hf:./unknown", None, {}, "cannot be loaded"),
+        ("hf:./remote", None, {}, "brings code of its own, which Frostline never runs"),
+        ("hf:./short", None, {}, "cannot be loaded"),
+        ("hf:./config", None, {}, "has no model.safetensors"),
+        ("hf:./bert", None, {"of_model": {"task": "image-classification"}}, "no head for"),
+        ("hf:./bert", None, {"of_model": {"task": "painting"}}, "'task' must be one of"),
+        ("hf:./bert", None, {"of_model": {"kwargs": {"hidden": 3}}}, "is not an option of BertConfig"),
+        ("hf:./bert", None, {"of_model": {"revision": "a b"}}, "'revision' must be"),
+        ("timm:resnet18", None, {}, "pip install timm"),
+        ("torchvision:resnet18", None, {}, "pip install torchvision"),
+        ("hf:./bert", "csv:absent.csv", {}, "There is no 'absent.csv' below"),
+        ("hf:./bert", "csv:", {}, "needs a path"),
+        ("hf:./bert", "csv:photos", {}, "is not a regular file"),
+        ("hf:./bert", "folder:good.csv", {}, "is not a folder"),
+        ("hf:./bert", "csv:one.csv", {}, "has one class, 'same'"),
+        ("hf:./bert", "csv:three.csv", {}, "give the model 'num_classes': 3"),
+        ("hf:./bert", "csv:vague.csv", {}, "Which column of"),
+        ("hf:./bert", "csv:negative.csv", {}, "class ids count from 0"),
+        ("hf:./bert", "csv:share.csv", {}, "a class is a name or a whole number"),
+        ("hf:./bert", "csv:hole.csv", {}, "Row 4 of"),
+        ("hf:./bert", "csv:numbers.csv", {}, "where a text is needed"),
+        ("hf:./bert", "csv:header.csv", {}, "is empty"),
+        ("hf:./bert", "csv:void.csv", {}, "cannot be read"),
+        ("hf:./bert", "json:broken.json", {}, "cannot be read"),
+        ("hf:./bert", "parquet:broken.parquet", {}, "cannot be read"),
+        ("hf:./bert", "hf:org/absent", {}, "Download it first"),
+        ("hf:./bert", "csv:good.csv", {"columns": {"text": "body"}}, "has no column 'body'"),
+        ("hf:./bert", "csv:good.csv", {"columns": {"txt": "body"}}, "'columns' must be"),
+        ("hf:./bert", "csv:good.csv", {"eval": {"x": "csv:vague.csv"}}, "has no column"),
+        ("hf:./bert", "csv:good.csv", {"eval": {"x": "csv:one.csv"}}, "is not among the training"),
+        ("hf:./bert", "csv:good.csv", {"eval": {"x": "demo:digits"}}, "is no table"),
+        ("hf:./bert", "folder:photos", {}, "takes text"),
+        ("hf:./vit", "csv:good.csv", {}, "is the image?"),
+        ("hf:./vit", "folder:alone", {}, "has one class, 'only'"),
+        ("hf:./vit", "folder:many", {}, "give the model 'num_classes': 3"),
+        ("hf:./vit", "folder:spoilt", {}, "9.png cannot be read as an image"),
+        ("hf:./vit", "folder:hollow", {}, "no image in its sub-folders"),
+        ("hf:./vit", "folder:empty", {}, "has no sub-folders"),
+        ("hf:bert", "csv:good.csv", {"of_model": {"random_init": True, "task": "text-classification",
+         "kwargs": {"hidden_size": 24, "num_hidden_layers": 1}}}, "brings no tokenizer"),
+        ("hf:./config", "csv:good.csv", {"of_model": {"random_init": True, "task": "feature-extraction"}},
+         "has no head to train on"),
+        ("demo:three-layers", "csv:good.csv", {}, "does not say what it takes"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_used_is_refused_in_one_sentence(
+    shelf: Path, model: str, dataset: str | None, options: dict[str, Any], sentence: str
+) -> None:
+    message = refusal(shelf, model, dataset, **dict(options))
+    assert sentence in message
+    assert "\n" not in message
+
+
+def test_weights_over_a_model_may_leave_a_new_head(shelf: Path) -> None:
+    given = {"random_init": True, "task": "text-classification", "num_classes": 3,
+             "weights": "bert/model.safetensors"}  # fmt: skip
+    assert "If only a head is new, say 'new_head'" in refusal(shelf, "hf:./config", of_model=given)
+    built = build(shelf, "hf:./config", **given, new_head=True)
+    assert built.notes == ("New, not in the weights: classifier.weight, classifier.bias.",)
+    left = build(shelf, "hf:./bert").model.state_dict()
+    right = built.model.state_dict()
+    assert all(left[name].equal(right[name]) for name in left if "classifier" not in name)
