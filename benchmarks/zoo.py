@@ -61,7 +61,9 @@ def main(names: Iterable[str] = ()) -> None:
     for uri, (far, why, _) in results.items():
         if far != "graph":
             print(f"{far:5} {uri}: {' '.join(why.split())}")
-    counts = {far: sum(result[0] == far for result in results.values()) for far in ("tree", "graph")}
+    counts = {
+        far: sum(result[0] == far for result in results.values()) for far in ("tree", "graph")
+    }
     seconds = statistics.median(result[2] for result in results.values())
     print(
         f"{len(results)} models: {counts['tree'] + counts['graph']} show their tree, "

@@ -1,4 +1,4 @@
-"""Builds training and evaluation sets from their spec, for what a model takes in. Knows no batches."""
+"""Builds training and evaluation sets from their spec. Knows no model and no batches."""
 
 from __future__ import annotations
 

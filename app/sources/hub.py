@@ -131,6 +131,8 @@ def build_transformers_model(
     with _in_words(name, spec):
         if weightless:
             with torch.device("meta"):
+                # The default for experts, a grouped product, runs under fake tensors in bf16 only.
+                config._experts_implementation = "batched_mm"
                 model = build_without_weights(auto.from_config(config, trust_remote_code=False))
         elif spec.random_init or spec.weights is not None:
             model = auto.from_config(config, trust_remote_code=False)
@@ -366,7 +368,7 @@ def build_vision_model(
 
 
 def _build_torchvision(models: Any, name: str, options: dict[str, Any], wants_weights: bool) -> Any:
-    """torchvision refuses another number of classes over its weights: all but the head is loaded."""
+    """torchvision refuses weights with another number of classes: load all but the head."""
     if not wants_weights:
         return models.get_model(name, weights=None, **options)
     weights = models.get_model_weights(name).DEFAULT

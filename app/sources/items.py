@@ -97,7 +97,7 @@ def _load_image_processor(intake: Intake) -> Any:
 
 @dataclass(frozen=True)
 class TextEncoder:
-    """Texts → token ids; batches padded to their longest, with labels that padding is no part of."""
+    """Texts → token ids; batches padded to their longest, padding left out of the labels."""
 
     intake: Intake
     tokenizer: Any

@@ -47,7 +47,9 @@ def _show_example(dataset: Any, index: int) -> dict[str, Any]:
             for role, column in dataset.columns.items()
         }
     item = dataset[index]
-    values = item if isinstance(item, Mapping) else dict(zip(("input", "target"), item, strict=True))
+    values = (
+        item if isinstance(item, Mapping) else dict(zip(("input", "target"), item, strict=True))
+    )
     return {str(name): _show_value(value) for name, value in values.items()}
 
 

@@ -76,7 +76,7 @@ class ModelSpec:
         new_head: `weights` may lack tensors of the model or have them in another shape; those keep
             their initial values.
         random_init: build without the pretrained weights.
-        kwargs: what a ``python:`` factory is called with, or overrides of a library's configuration.
+        kwargs: what a ``python:`` factory is called with, or what overrides a configuration.
         input: wins over the example that a factory gives.
         allow_pickle: `weights` may be a pickle file, read with ``weights_only=True``.
     """

@@ -81,6 +81,8 @@ def write_images(folder: Path, classes: tuple[str, ...] = ("dark", "light"), siz
     for level, name in enumerate(classes):
         (folder / name).mkdir(parents=True)
         for number in range(size):
-            pixels = generator.integers(0, 60, (20, 24, 3)) + 190 * level // max(1, len(classes) - 1)
+            pixels = generator.integers(0, 60, (20, 24, 3)) + 190 * level // max(
+                1, len(classes) - 1
+            )
             Image.fromarray(pixels.astype(np.uint8)).save(folder / name / f"{number}.png")
     return folder

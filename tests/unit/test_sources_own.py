@@ -5,8 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.unit.own_files import make_reviews, write_csv, write_images, write_json, write_model
-from tests.unit.runs import Wish
 
 from app.freezing.config import parse_config
 from app.freezing.errors import InvalidDocument
@@ -17,6 +15,8 @@ from app.sources.preview import preview_data
 from app.sources.spec import DatasetSpec, parse_dataset_spec, parse_model_spec
 from app.training.loop import train
 from app.training.recipe import parse_recipe
+from tests.unit.own_files import make_reviews, write_csv, write_images, write_json, write_model
+from tests.unit.runs import Wish
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
@@ -47,7 +47,9 @@ def run(built: BuiltModel, data: Data, folder: Path, frozen: str, **options: Any
         emit=lambda kind, payload: events.append((kind, payload)),
         wishes=Wish,
     )
-    judged = [e["values"] for kind, e in events if kind == "metrics" and "eval/eval/loss" in e["values"]]
+    judged = [
+        e["values"] for kind, e in events if kind == "metrics" and "eval/eval/loss" in e["values"]
+    ]
     proof = [payload for kind, payload in events if kind == "proof"][-1]
     return judged[0], judged[-1], proof
 
@@ -81,7 +83,10 @@ def test_a_causal_model_learns_from_json_with_its_first_block_frozen(tmp_path: P
 
 @pytest.mark.parametrize(
     ("kind", "architecture", "frozen"),
-    [("t5", "T5ForConditionalGeneration", "encoder"), ("bert", "BertForMaskedLM", "bert.embeddings")],
+    [
+        ("t5", "T5ForConditionalGeneration", "encoder"),
+        ("bert", "BertForMaskedLM", "bert.embeddings"),
+    ],
 )
 def test_other_text_models_train_from_parquet(
     tmp_path: Path, kind: str, architecture: str, frozen: str
@@ -172,6 +177,11 @@ def test_a_preview_shows_examples_with_their_labels(tmp_path: Path) -> None:
 # ------------------------------------------------------------------------------------------ refused
 
 
+UNTRAINED = {"random_init": True, "task": "text-classification",
+             "kwargs": {"hidden_size": 24, "num_hidden_layers": 1}}  # fmt: skip
+HEADLESS = {"random_init": True, "task": "feature-extraction"}
+
+
 def refusal(
     folder: Path,
     model: str,
@@ -179,11 +189,13 @@ def refusal(
     of_model: dict[str, Any] | None = None,
     **options: Any,
 ) -> str:
-    with pytest.raises(InvalidDocument) as caught:
+    try:
         built = build(folder, model, **(of_model or {}))
-        assert dataset is not None
-        read(folder, dataset, built, **options)
-    return str(caught.value)
+        if dataset is not None:
+            read(folder, dataset, built, **options)
+    except InvalidDocument as error:
+        return str(error)
+    pytest.fail("nothing was refused")
 
 
 @pytest.fixture(scope="module")
@@ -240,7 +252,7 @@ def shelf(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("hf:./config", None, {}, "has no model.safetensors"),
         ("hf:./bert", None, {"of_model": {"task": "image-classification"}}, "no head for"),
         ("hf:./bert", None, {"of_model": {"task": "painting"}}, "'task' must be one of"),
-        ("hf:./bert", None, {"of_model": {"kwargs": {"hidden": 3}}}, "is not an option of BertConfig"),
+        ("hf:./bert", None, {"of_model": {"kwargs": {"hidden": 3}}}, "is not an option of Bert"),
         ("hf:./bert", None, {"of_model": {"revision": "a b"}}, "'revision' must be"),
         ("timm:resnet18", None, {}, "pip install timm"),
         ("torchvision:resnet18", None, {}, "pip install torchvision"),
@@ -272,9 +284,8 @@ def shelf(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("hf:./vit", "folder:spoilt", {}, "9.png cannot be read as an image"),
         ("hf:./vit", "folder:hollow", {}, "no image in its sub-folders"),
         ("hf:./vit", "folder:empty", {}, "has no sub-folders"),
-        ("hf:bert", "csv:good.csv", {"of_model": {"random_init": True, "task": "text-classification",
-         "kwargs": {"hidden_size": 24, "num_hidden_layers": 1}}}, "brings no tokenizer"),
-        ("hf:./config", "csv:good.csv", {"of_model": {"random_init": True, "task": "feature-extraction"}},
+        ("hf:bert", "csv:good.csv", {"of_model": UNTRAINED}, "brings no tokenizer"),
+        ("hf:./config", "csv:good.csv", {"of_model": HEADLESS},
          "has no head to train on"),
         ("demo:three-layers", "csv:good.csv", {}, "does not say what it takes"),
     ],
