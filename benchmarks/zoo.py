@@ -9,6 +9,7 @@ import logging
 import os
 import statistics
 import time
+import warnings
 from collections.abc import Iterable, Iterator
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -56,11 +57,13 @@ def try_model(uri: str) -> tuple[str, str, float]:
 
 
 def main(names: Iterable[str] = ()) -> None:
+    warnings.simplefilter("ignore")
     logging.disable(logging.CRITICAL)  # torch logs every failed meta function at length
-    results = {uri: try_model(uri) for uri in names or list_models()}
-    for uri, (far, why, _) in results.items():
+    results = {}
+    for uri in names or list_models():
+        far, why, _ = results[uri] = try_model(uri)
         if far != "graph":
-            print(f"{far:5} {uri}: {' '.join(why.split())}")
+            print(f"{far:5} {uri}: {' '.join(why.split())}", flush=True)
     counts = {
         far: sum(result[0] == far for result in results.values()) for far in ("tree", "graph")
     }

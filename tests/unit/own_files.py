@@ -29,8 +29,10 @@ CONFIGS: dict[str, dict[str, Any]] = {
 
 def write_model(folder: Path, kind: str, architecture: str | None = None, **more: Any) -> Path:
     """A folder as save_pretrained() leaves it, its weights too where an architecture is named."""
+    import torch
     import transformers
 
+    torch.manual_seed(0)
     config = transformers.CONFIG_MAPPING[kind](**{**CONFIGS[kind], **more})
     if architecture:
         getattr(transformers, architecture)(config).save_pretrained(folder)

