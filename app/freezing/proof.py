@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
 
 from app.freezing.apply import Freeze
 from app.freezing.config import FreezeConfig, expand_rules, held_norms
@@ -42,6 +43,11 @@ class Proof:
         self._breaches: list[dict[str, Any]] = []
         self._take(freeze.parameters)
         self._take(self._buffers())
+
+    def _parameters(self) -> dict[str, torch.Tensor]:
+        """What the model holds now under each name, which somebody may have replaced."""
+        named = dict(self._freeze.model.named_parameters(remove_duplicate=False))
+        return {n: named.get(n, torch.empty(0)) for n in self._freeze.parameters}
 
     def _buffers(self) -> dict[str, torch.Tensor]:
         return dict(self._freeze.model.named_buffers())
@@ -88,7 +94,7 @@ class Proof:
         Returns:
             The proof in the shape of ``GET /api/jobs/{id}/proof``.
         """
-        parameters = self._freeze.parameters
+        parameters = self._parameters()
         now = {name: digest_tensor(p) for name, p in parameters.items()}
         frozen = [n for n, is_frozen in self._freeze.frozen.items() if is_frozen]
         trained = [n for n, is_frozen in self._freeze.frozen.items() if not is_frozen]
@@ -118,6 +124,14 @@ class Proof:
 
     def _likely_cause(self, name: str) -> str:
         module = self._freeze.model.get_submodule(name.rpartition(".")[0])
+        own = self._freeze.parameters.get(name)
+        if (
+            own is not None
+            and dict(module.named_parameters()).get(name.rpartition(".")[2]) is not own
+        ):
+            return "the model holds another tensor under this name: its parameter was replaced"
+        if isinstance(module, _NormBase):
+            return "a norm layer in train mode moves its running statistics"
         if isinstance(module, nn.Embedding) and module.max_norm is not None:
             return "the embedding's max_norm rewrites rows in forward"
         if self._freeze.config.mechanism == "zero_grad":
