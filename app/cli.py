@@ -53,6 +53,8 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
 
 
 def _one_line(error: object) -> str:
+    if isinstance(error, OSError) and error.filename:
+        error = f"{error.filename}: {error.strerror}."
     text = " ".join(str(error).split()) or type(error).__name__
     expected = isinstance(error, str | Failure | OSError | ValueError | RuntimeError)
     return text if expected else f"{type(error).__name__}: {text} (--debug shows where)"
@@ -420,11 +422,13 @@ def verify(
 
     proof = compare_checkpoints(before, after, parse_config(_read_json_file(config)))
     print(json.dumps(proof) if json_ else _proof_words(proof))
-    kept = [item["name"] for item in proof["trained"]["still"]]
-    if proof["verdict"] != "holds":
-        raise Failure(f"These must not change and did: {' '.join(_changed_names(proof))}")
-    if kept:
-        raise Failure(f"These were to be trained and did not move: {' '.join(kept)}")
+    still = [item["name"] for item in proof["trained"]["still"]]
+    breaches = (
+        ("must not change and did", _changed_names(proof)),
+        ("were to be trained and did not move", still),
+    )
+    if told := [f"These {words}: {' '.join(names)}" for words, names in breaches if names]:
+        raise Failure(". ".join(told))
 
 
 def _proof_words(proof: Document) -> str:

@@ -146,7 +146,9 @@ def test_training_exporting_verifying_and_deleting(served: Path) -> None:
     verify = ("verify", str(first), str(last), "--config", str(config))
     assert "bit-identical" in run(served, *verify)
     config.write_text(json.dumps({"rules": [{"action": "freeze", "match": "layer3"}]}))
-    assert "layer3.weight" in run(served, *verify, status=1)
+    told = run(served, *verify, status=1)
+    assert "did: layer3.bias layer3.weight" in told
+    assert "did not move: layer1.bias layer1.weight" in told
     run(served, "delete", number)
     assert "job" in run(served, "delete", number, status=1).lower()
 
