@@ -14,6 +14,12 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.data import DataLoader, Dataset
 
 
+class DataError(Exception):
+    """A dataset could not give an example, or its examples do not make a batch."""
+
+    reason = "data_error"
+
+
 class Batches:
     """The batches of a training set in their order, from any position in it.
 
@@ -51,7 +57,13 @@ class Batches:
         count = min(count, self.per_epoch - start)
         if self._iterator is None or start == 0:
             self._iterator = iter(self._load_epoch(epoch, start))
-        window = [next(self._iterator) for _ in range(count)]
+        try:
+            window = [next(self._iterator) for _ in range(count)]
+        except Exception as error:  # whatever a user's dataset raises
+            raise DataError(
+                f"Reading the training set failed in epoch {epoch + 1}: "
+                f"{type(error).__name__}: {error}"
+            ) from error
         self.position += count
         return window
 
