@@ -426,6 +426,9 @@ def held_norms(norm_paths: Iterable[str], frozen: Mapping[str, bool]) -> list[st
     Args:
         frozen: any or all names of every parameter → whether it is frozen.
     """
+    norm_paths = list(norm_paths)
+    if not norm_paths:
+        return []
     below: dict[str, bool] = {}  # module path → whether all parameters at and below it are frozen
     for name, is_frozen in frozen.items():
         path = name
