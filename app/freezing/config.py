@@ -342,6 +342,15 @@ def _change_document(change: Change) -> dict[str, Any]:
 # -------------------------------------------------------------------------------------- expanding
 
 
+def due_changes(config: FreezeConfig, step: int, steps_per_epoch: int) -> list[Change]:
+    """The entries of the schedule that hold after `step` steps, in the order they began."""
+
+    def begins(change: Change) -> int:
+        return change.count * (steps_per_epoch if change.unit == "epoch" else 1)
+
+    return sorted((c for c in config.schedule if begins(c) <= step), key=begins)
+
+
 def match_names(cover: Rule | Group, graph: ModelGraph) -> frozenset[str]:
     """First names of the parameters that a rule or group covers, by any of their names."""
     found = graph.matches.get((cover.match, cover.type))
@@ -386,10 +395,6 @@ def split_names(config: FreezeConfig, graph: ModelGraph) -> tuple[tuple[str, ...
 def unmatched_rules(config: FreezeConfig, graph: ModelGraph) -> list[int]:
     """Indices of the rules that match no parameter of this model."""
     return [index for index, rule in enumerate(config.rules) if not match_names(rule, graph)]
-
-
-def count_matches(rule: Rule, graph: ModelGraph) -> int:
-    return len(match_names(rule, graph))
 
 
 def differing_names(config: FreezeConfig, graph: ModelGraph) -> dict[str, list[str]]:

@@ -75,13 +75,14 @@ class Proof:
         self._take({name: tensors[name] for name in anew})
         self._held = held
 
-    def state(self) -> dict[str, str]:
-        """Digests where everything began, to go with a checkpoint."""
-        return dict(self._start)
+    def state(self) -> dict[str, Any]:
+        """Where everything began and what was breached since, as JSON to go with a checkpoint."""
+        return {"digests": dict(self._start), "breaches": list(self._breaches)}
 
-    def resume(self, state: Mapping[str, str]) -> None:
-        """Go on from the digests of an earlier attempt; its copies are gone."""
-        self._start.update(state)
+    def resume(self, state: Mapping[str, Any]) -> None:
+        """Go on from the `state` of an earlier attempt; its copies are gone."""
+        self._start.update(state["digests"])
+        self._breaches = list(state["breaches"])
         self._copies = {n: t for n, t in self._copies.items() if digest_tensor(t) == self._start[n]}
 
     def check(self, gradients: Mapping[str, float | None] | None = None) -> dict[str, Any]:
@@ -101,8 +102,9 @@ class Proof:
         changed = [n for n in frozen if now[n] != self._start[n]]
         still = [n for n in trained if now[n] == self._start[n]]
         buffers = self._buffers()
-        held = [n for n in self._freeze.held_buffers if n in buffers]
-        drifted = [n for n in buffers if digest_tensor(buffers[n]) != self._start[n]]
+        held = self._freeze.held_buffers
+        buffers |= {n: torch.empty(0) for n in held if n not in buffers}  # gone: so it changed
+        drifted = [n for n in buffers if digest_tensor(buffers[n]) != self._start.get(n)]
         return proof_document(
             frozen=frozen,
             changed=self._breaches + [self._describe(n, parameters[n]) for n in changed],
@@ -123,7 +125,9 @@ class Proof:
         }
 
     def _likely_cause(self, name: str) -> str:
-        module = self._freeze.model.get_submodule(name.rpartition(".")[0])
+        module = dict(self._freeze.model.named_modules()).get(name.rpartition(".")[0])
+        if module is None:
+            return "the module that owned it is gone"
         own = self._freeze.parameters.get(name)
         if (
             own is not None
@@ -168,12 +172,6 @@ def proof_document(
             "allowed": allowed,
         },
     }
-
-
-PENDING: Mapping[str, Any] = {
-    **proof_document(frozen=[], changed=[], trained=[], still=[], held=[], drifted=[], allowed=[]),
-    "verdict": "pending",
-}
 
 
 def _largest_difference(before: torch.Tensor, after: torch.Tensor) -> float | None:
@@ -222,7 +220,11 @@ def compare_checkpoints(before: Path, after: Path, config: FreezeConfig) -> dict
     if config.norm_statistics == "freeze":
         owners = dict.fromkeys(name.rpartition(".")[0] for name in buffers)
         norms = set(held_norms(owners, parameters))
-        held = [name for name in buffers if name.rpartition(".")[0] in norms]
+        held = [
+            name
+            for name in buffers
+            if name.rpartition(".")[2] in _STATISTICS and name.rpartition(".")[0] in norms
+        ]
 
     def describe(names: Iterable[str]) -> list[dict[str, Any]]:
         return [
@@ -273,7 +275,7 @@ def _read_tensors(path: Path) -> dict[str, torch.Tensor]:
     return tensors
 
 
-_BUFFER_NAMES = ("running_mean", "running_var", "num_batches_tracked")
+_STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 
 
 def _sort_names(
@@ -295,7 +297,7 @@ def _sort_names(
                 )
             ]
         )
-    buffers = [name for name in tensors if name.rpartition(".")[2] in _BUFFER_NAMES]
+    buffers = [name for name in tensors if name.rpartition(".")[2] in _STATISTICS]
     names = [name for name in tensors if name not in buffers]
     return expand_rules(config, _graph_of_names(tensors, names)), buffers
 

@@ -119,8 +119,9 @@ def with_other_generator(name: str) -> Callable[[Checkpoint], Checkpoint]:
 
 
 def with_other_digest(checkpoint: Checkpoint) -> Checkpoint:
-    digests = {**checkpoint.state["digests"], "first.weight": "0" * 64}
-    return replace(checkpoint, state={**checkpoint.state, "digests": digests})
+    proof = checkpoint.state["proof"]
+    proof = {**proof, "digests": {**proof["digests"], "first.weight": "0" * 64}}
+    return replace(checkpoint, state={**checkpoint.state, "proof": proof})
 
 
 def test_a_whole_checkpoint_resumes_exactly(
@@ -153,3 +154,106 @@ def test_a_checkpoint_without_a_part_does_not(
     checkpoint, whole, _ = stopped
     told = train_from(tmp_path, damage(checkpoint))
     assert told_after(told, 4) != told_after(whole, 4)
+
+
+# ------------------------------------------------------------- where a run may be cut in two
+
+
+PHASES = {
+    **freeze("last"),
+    "schedule": [
+        {"at": {"step": 2}, "action": "freeze", "match": "first"},
+        {"at": {"step": 4}, "action": "unfreeze", "match": "first", "optimizer_state": "keep"},
+        {"at": {"epoch": 2}, "action": "unfreeze", "match": "last"},
+    ],
+}
+
+
+@pytest.mark.parametrize("cut", range(9))
+def test_a_run_with_phases_may_be_cut_anywhere(cut: int, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"config": PHASES, "epochs": 3, "optimizer": "adam"}
+    data = make_data((6,))
+    _, whole = run(make_restless(), data, tmp_path / "whole", **options)
+    _, first = run(make_restless(), data, tmp_path / "parts", listen=stop_at(cut), **options)
+    newest = checkpoint_path(tmp_path / "parts", cut)
+    _, rest = run(make_restless(), data, tmp_path / "parts", resume_from=newest, **options)
+    assert {**first.metrics(), **rest.metrics()} == whole.metrics()
+    assert digest(tmp_path / "parts", 9) == digest(tmp_path / "whole", 9)
+    assert rest.of("proof")[-1] == whole.of("proof")[-1]
+
+
+def test_a_later_entry_that_keeps_state_changes_nothing_before_it(tmp_path: Path) -> None:
+    ends = []
+    later = {"at": {"step": 1000}, "action": "unfreeze", "match": "**", "optimizer_state": "keep"}
+    thaw = {"at": {"step": 4}, "action": "unfreeze", "match": "first"}
+    for name, extra in {"without": [], "with": [later]}.items():
+        config = {"schedule": [*PHASES["schedule"][:1], thaw, *extra]}
+        run(make_restless(), make_data((6,)), tmp_path / name, config=config, optimizer="adam")
+        ends.append(digest(tmp_path / name, 9))
+    assert ends[0] == ends[1]
+
+
+def test_a_stop_before_an_evaluation_leaves_it_owed(tmp_path: Path) -> None:
+    data = make_data((6,))
+
+    def stop_at_once(kind: str, payload: dict[str, Any], wish: Any) -> None:
+        wish.state = "stop"
+
+    _, first = run(make_restless(), data, tmp_path, listen=stop_at_once)
+    assert first.metrics() == {}
+    _, rest = run(make_restless(), data, tmp_path, resume_from=checkpoint_path(tmp_path, 0))
+    assert (0, "eval/eval/loss") in rest.metrics()
+
+
+def test_a_resume_that_is_stopped_at_once_leaves_the_checkpoint_as_it_is(tmp_path: Path) -> None:
+    data = make_data((6,))
+    run(make_restless(), data, tmp_path, listen=stop_at(4))
+    path = checkpoint_path(tmp_path, 4)
+    before = path.stat().st_ino
+    _, told = run(
+        make_restless(), data, tmp_path, resume_from=path,
+        listen=lambda kind, payload, wish: setattr(wish, "state", "stop"),
+    )  # fmt: skip
+    assert told.of("checkpoint") == []
+    assert path.stat().st_ino == before
+
+
+def test_a_breach_is_remembered_over_a_resume(tmp_path: Path) -> None:
+    config = {
+        **freeze("first"),
+        "schedule": [{"at": {"step": 2}, "action": "unfreeze", "match": "first"}],
+    }
+
+    model = make_restless()
+    model.first.register_forward_hook(_nudge_bias)
+    run(model, make_data((6,)), tmp_path, config=config, listen=stop_at(4))
+    clean = make_restless()
+    _, told = run(
+        clean, make_data((6,)), tmp_path, config=config,
+        resume_from=checkpoint_path(tmp_path, 4),
+    )  # fmt: skip
+    assert told.of("proof")[-1]["verdict"] == "broken"
+
+
+def _nudge_bias(module: nn.Module, *_: Any) -> None:
+    module.bias.data.add_(0.001)  # type: ignore[operator,union-attr]
+
+
+class Late(nn.Module):
+    """Registers a buffer in its first forward, as many do with a mask."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(6, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not hasattr(self, "mask"):
+            self.register_buffer("mask", torch.ones(3))
+        return self.layer(x) * self.mask
+
+
+def test_a_buffer_that_forward_registers_is_saved_and_found_again(tmp_path: Path) -> None:
+    _, told = run(Late(), make_data((6,)), tmp_path, listen=stop_at(4))
+    assert told.of("proof")[-1]["buffers"]["allowed"] == ["mask"]
+    outcome, _ = run(Late(), make_data((6,)), tmp_path, resume_from=checkpoint_path(tmp_path, 4))
+    assert outcome.step == 9

@@ -329,8 +329,4 @@ def test_what_moves_is_caught_and_named(
     assert document["verdict"] == "broken"
     caught = {c["name"]: c for c in document["frozen"]["changed"] + document["buffers"]["changed"]}
     assert set(caught) == names
-    assert all(cause in item["cause"] for item in caught.values())
-
-
-def test_there_are_at_least_thirty_ways() -> None:
-    assert len(CASES) >= 30
+    assert all(item["cause"] and cause in item["cause"] for item in caught.values())
