@@ -53,9 +53,20 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
 
 
 def _one_line(error: object) -> str:
+    if isinstance(error, OSError) and error.filename:
+        error = f"{error.filename}: {error.strerror}."
     text = " ".join(str(error).split()) or type(error).__name__
     expected = isinstance(error, str | Failure | OSError | ValueError | RuntimeError)
     return text if expected else f"{type(error).__name__}: {text} (--debug shows where)"
+
+
+@app.callback(invoke_without_command=True)
+def _root(
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+) -> None:
+    if version:
+        print(f"frostline {__version__}")
+        raise typer.Exit
 
 
 # -------------------------------------------------------------------------- how a verb is declared
@@ -411,11 +422,13 @@ def verify(
 
     proof = compare_checkpoints(before, after, parse_config(_read_json_file(config)))
     print(json.dumps(proof) if json_ else _proof_words(proof))
-    kept = [item["name"] for item in proof["trained"]["still"]]
-    if proof["verdict"] != "holds":
-        raise Failure(f"These must not change and did: {' '.join(_changed_names(proof))}")
-    if kept:
-        raise Failure(f"These were to be trained and did not move: {' '.join(kept)}")
+    still = [item["name"] for item in proof["trained"]["still"]]
+    breaches = (
+        ("must not change and did", _changed_names(proof)),
+        ("were to be trained and did not move", still),
+    )
+    if told := [f"These {words}: {' '.join(names)}" for words, names in breaches if names]:
+        raise Failure(". ".join(told))
 
 
 def _proof_words(proof: Document) -> str:
@@ -619,10 +632,10 @@ def pause(
         Literal["hold", "release"], typer.Option(help="Keep the model loaded, or free the device.")
     ] = "hold",
 ) -> None:
-    """Pause a running job."""
+    """Pause a running job, after its current step."""
     with server_for(settings) as server:
-        state = server.call("POST", f"/api/jobs/{job}/pause", {"mode": mode})["state"]
-        print(f"Job {job} is {state}.")
+        server.call("POST", f"/api/jobs/{job}/pause", {"mode": mode})
+        print(f"Job {job} is {_wait_for(server, job, 'paused', *ENDED)}.")
 
 
 @verb
@@ -630,10 +643,23 @@ def resume(settings: "Settings", job: JobArgument, config: ConfigFile = None) ->
     """Go on with a job, from its pause or its newest checkpoint."""
     body = {"config": _read_json_file(config)} if config else {}
     with server_for(settings) as server:
-        state = server.call("POST", f"/api/jobs/{job}/resume", body)["state"]
+        server.call("POST", f"/api/jobs/{job}/resume", body)
+        state = _wait_for(server, job, "queued", "starting", "running", *ENDED)
         print(f"Job {job} is {state}.", flush=True)
         if server.own:  # nobody else would run it
             _report(server, _follow(server, job), json_=False)
+
+
+def _wait_for(server: Server, job_id: int, *states: str) -> str:
+    """The state of a job once it is one of these."""
+    path = f"/api/jobs/{job_id}"
+    with server.stream(f"{path}/events", cursor="now") as answer:
+        state: str = server.call("GET", path)["state"]
+        events = read_events(answer.iter_lines())
+        while state not in states and (news := next(events, None)):
+            event, data = news
+            state = data["state"] if event == "state" else state
+    return state
 
 
 @verb

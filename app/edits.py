@@ -43,7 +43,7 @@ def add_edit(
     """
     if attempt is None or job.kind != "train" or job.state not in ("running", "paused"):
         raise impossible(
-            job, "changed while it runs", "Only training that runs, or is paused by 'hold', can."
+            job, "changed live", "Only training that runs, or is paused by 'hold', can."
         )
     config = parse_config(job.config)
     if config.mechanism != "requires_grad":

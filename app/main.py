@@ -64,8 +64,7 @@ def create_app(settings: Settings) -> FastAPI:
         docs_url=None,
         redoc_url=None,
         openapi_url=None,
-        redirect_slashes=False,
-        root_path=settings.root_path,
+        redirect_slashes=False,  # the root path comes with each request, from the web server
     )
     app.state.settings = settings
     errors.install(app)

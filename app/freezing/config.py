@@ -342,6 +342,15 @@ def _change_document(change: Change) -> dict[str, Any]:
 # -------------------------------------------------------------------------------------- expanding
 
 
+def due_changes(config: FreezeConfig, step: int, steps_per_epoch: int) -> list[Change]:
+    """The entries of the schedule that hold after `step` steps, in the order they began."""
+
+    def begins(change: Change) -> int:
+        return change.count * (steps_per_epoch if change.unit == "epoch" else 1)
+
+    return sorted((c for c in config.schedule if begins(c) <= step), key=begins)
+
+
 def match_names(cover: Rule | Group, graph: ModelGraph) -> frozenset[str]:
     """First names of the parameters that a rule or group covers, by any of their names."""
     found = graph.matches.get((cover.match, cover.type))
@@ -388,10 +397,6 @@ def unmatched_rules(config: FreezeConfig, graph: ModelGraph) -> list[int]:
     return [index for index, rule in enumerate(config.rules) if not match_names(rule, graph)]
 
 
-def count_matches(rule: Rule, graph: ModelGraph) -> int:
-    return len(match_names(rule, graph))
-
-
 def differing_names(config: FreezeConfig, graph: ModelGraph) -> dict[str, list[str]]:
     """Where the names in a document disagree with what its rules give on this model.
 
@@ -426,6 +431,9 @@ def held_norms(norm_paths: Iterable[str], frozen: Mapping[str, bool]) -> list[st
     Args:
         frozen: any or all names of every parameter → whether it is frozen.
     """
+    norm_paths = list(norm_paths)
+    if not norm_paths:
+        return []
     below: dict[str, bool] = {}  # module path → whether all parameters at and below it are frozen
     for name, is_frozen in frozen.items():
         path = name

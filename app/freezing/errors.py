@@ -1,7 +1,7 @@
 """What the heart refuses: documents that cannot be used. Knows not how a refusal is shown."""
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 
 class InvalidDocument(ValueError):
@@ -22,10 +22,13 @@ MAX_SHOWN = 100  # characters of what came that a message repeats
 MAX_FAULTS = 100  # a document of nothing but unknown keys gets no longer answer
 
 
-def describe_unknown(key: object, known: Iterable[str], noun: str) -> str:
-    """One sentence for a key that is not known, with the nearest that is."""
+def describe_unknown(
+    key: object, known: Iterable[str], noun: str, synonyms: Mapping[str, str] | None = None
+) -> str:
+    """One sentence for a key that is not known, with the nearest that is, by any of its names."""
     shown = str(key)[:MAX_SHOWN]
-    near = difflib.get_close_matches(shown, list(known), n=1, cutoff=0)[0]
+    meant = {**{name: name for name in known}, **(synonyms or {})}
+    near = meant[difflib.get_close_matches(shown, list(meant), n=1, cutoff=0)[0]]
     return f"{shown!r} is not {noun}; the nearest is {near!r}."
 
 

@@ -164,6 +164,25 @@ class ModelGraph:
         return types
 
     @cached_property
+    def name_tree(self) -> tuple[tuple[str, tuple[str, ...]], ...]:
+        """(path, paths directly below it) of every module with parameters at or below it.
+
+        Deepest first; a parameter is a path too, under each of its names.
+        """
+        below: dict[str, dict[str, None]] = {}
+        for name in self.canonical_names:
+            child = name
+            while child:
+                parent = child.rpartition(".")[0]
+                siblings = below.setdefault(parent, {})
+                if child in siblings:
+                    break  # and so it is all the way up
+                siblings[child] = None
+                child = parent
+        depth_first = sorted(below, key=lambda path: path.count(".") + bool(path), reverse=True)
+        return tuple((path, tuple(below[path])) for path in depth_first)
+
+    @cached_property
     def matches(self) -> dict[tuple[str | None, str | None], frozenset[str]]:
         """What rules matched before, by (match, type): a tick asks for the same again and again."""
         return {}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -26,75 +26,77 @@ class LayerStats:
 
 
 class LayerMeasure:
-    """Measures each layer around one optimizer step: `before_step`, the step, `after_step`.
+    """Measures each layer around one optimizer step.
+
+    `read_gradients` in every step; `copy_weights`, the step, `read_updates` in those that are told.
 
     All norms are L2 in float32 or wider, whatever the weights are in; a layer's is the root of the
     sum of the squares of its own parameters' norms. The update is the real change, w_after −
     w_before, from a copy. A parameter without a gradient is not touched by any torch optimizer, so
-    its update is zero without looking, and its weight norm is taken once, in the first step.
+    its update is zero without looking, and its weight norm is taken anew only when the set of those
+    with a gradient has changed.
     """
 
     def __init__(self, graph: ModelGraph, parameters: Mapping[str, nn.Parameter]) -> None:
         self.layers = [layer.path for layer in graph.layers]
-        names = [name for name, p in parameters.items() if p.is_floating_point()]
-        self._parameters = [parameters[name] for name in names]
-        position = {name: index for index, name in enumerate(names)}
-        pairs = [
+        self._names = [name for name in parameters if graph.by_name[name].floating]
+        self._parameters = [parameters[name] for name in self._names]
+        position = {name: index for index, name in enumerate(self._names)}
+        self._pairs = [
             (row, position[graph.canonical_names[name]])
             for row, layer in enumerate(graph.layers)
             for name in layer.parameters
             if graph.canonical_names[name] in position
         ]
-        device = self._parameters[0].device if self._parameters else torch.device("cpu")
-        self._rows = torch.tensor([row for row, _ in pairs], dtype=torch.long, device=device)
-        self._columns = torch.tensor(
-            [column for _, column in pairs], dtype=torch.long, device=device
-        )
-        self._pairs = pairs
-        self.names = names
-        self._copies: list[torch.Tensor] = [torch.empty(0)] * len(names)
+        self._device = self._parameters[0].device if self._parameters else torch.device("cpu")
+        self._rows = self._index(row for row, _ in self._pairs)
+        self._columns = self._index(column for _, column in self._pairs)
+        self._copies: dict[int, torch.Tensor] = {}
         self._weight_norms: torch.Tensor | None = None
-        self._grad_peak = torch.zeros(len(names), dtype=torch.float64, device=device)
+        self._weights_of: list[int] = []  # those that had a gradient when weight norms were taken
+        self._grad_peak = torch.zeros(len(self._names), dtype=torch.float64, device=self._device)
         self._had_gradient: set[int] = set()
 
     @torch.no_grad()
-    def before_step(self) -> torch.Tensor:
-        """Take gradient norms and copy what is about to change.
-
-        Call after unscaling and accumulation and before clipping.
+    def read_gradients(self, frozen: Mapping[str, bool]) -> torch.Tensor:
+        """Take every gradient's norm: after unscaling and accumulation, before clipping.
 
         Returns:
-            The gradient norm of each parameter of `names`, zero where it has none; float64, on the
-            device.
+            The total norm over what is not frozen, a float64 scalar on the device.
         """
         self._active = [i for i, p in enumerate(self._parameters) if p.grad is not None]
         gradients = [g for i in self._active if (g := self._parameters[i].grad) is not None]
-        self._grad_norms = self._scatter(_norms(gradients))
+        self._grad_norms = self._scatter(self._norms(gradients))
         self._had_gradient.update(self._active)
         torch.maximum(self._grad_peak, self._grad_norms, out=self._grad_peak)
-        for i in self._active:
-            if self._copies[i].shape != self._parameters[i].shape or not self._copies[i].numel():
-                self._copies[i] = torch.empty_like(self._parameters[i])
-        copies = [self._copies[i] for i in self._active]
-        if copies:
-            torch._foreach_copy_(copies, [self._parameters[i] for i in self._active])
-        return self._grad_norms
+        counted = self._index(i for i in self._active if not frozen[self._names[i]])
+        return torch.linalg.vector_norm(self._grad_norms[counted])
 
     @torch.no_grad()
-    def after_step(self, step: int) -> LayerStats:
+    def copy_weights(self) -> None:
+        """Copy what the optimizer's step is about to change."""
+        for i in self._active:
+            if i not in self._copies:
+                self._copies[i] = torch.empty_like(self._parameters[i])
+        if self._active:
+            copies = [self._copies[i] for i in self._active]
+            torch._foreach_copy_(copies, [self._parameters[i] for i in self._active])
+
+    @torch.no_grad()
+    def read_updates(self, step: int) -> LayerStats:
         """Take the change that the step made and the norms after it; one copy to the host."""
         moved: list[torch.Tensor] = [self._parameters[i] for i in self._active]
-        copies = [self._copies[i] for i in self._active]
-        changes: Sequence[torch.Tensor] = torch._foreach_sub(moved, copies) if moved else ()
-        updates = self._scatter(_norms(changes))
-        if self._weight_norms is None:
-            self._weight_norms = _norms(self._parameters)
+        changes: Sequence[torch.Tensor] = ()
+        if moved:
+            changes = torch._foreach_sub(moved, [self._copies[i] for i in self._active])
+        updates = self._scatter(self._norms(changes))
+        if self._weight_norms is None or self._active != self._weights_of:
+            self._weight_norms = self._norms(self._parameters)
+            self._weights_of = self._active
         elif moved:
-            self._weight_norms[self._active] = _norms(moved)
-        values = torch.stack(
-            [self._by_layer(v) for v in (self._grad_norms, updates, self._weight_norms)]
-        )
-        grad, update, weight = values.tolist()
+            self._weight_norms[self._active] = self._norms(moved)
+        norms = (self._grad_norms, updates, self._weight_norms)
+        grad, update, weight = torch.stack([self._by_layer(v) for v in norms]).tolist()
         active = set(self._active)
         with_gradient = {row for row, column in self._pairs if column in active}
         return LayerStats(
@@ -108,8 +110,20 @@ class LayerMeasure:
         """Name of each parameter → its largest gradient norm so far, None where it had none."""
         peaks = self._grad_peak.tolist()
         return {
-            name: peaks[i] if i in self._had_gradient else None for i, name in enumerate(self.names)
+            name: peaks[i] if i in self._had_gradient else None
+            for i, name in enumerate(self._names)
         }
+
+    def resume(self, history: Mapping[str, float | None]) -> None:
+        """Go on from an earlier attempt's `gradient_history`."""
+        for i, name in enumerate(self._names):
+            peak = history.get(name)
+            if peak is not None:
+                self._had_gradient.add(i)
+                self._grad_peak[i] = peak
+
+    def _index(self, values: Iterable[int]) -> torch.Tensor:
+        return torch.tensor(list(values), dtype=torch.long, device=self._device)
 
     def _scatter(self, norms: torch.Tensor) -> torch.Tensor:
         values = torch.zeros_like(self._grad_peak)
@@ -123,11 +137,23 @@ class LayerMeasure:
         squares.index_add_(0, self._rows, norms[self._columns].square())
         return squares.sqrt()
 
+    def _norms(self, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+        """L2 norms of tensors as float64, accumulated in float32 where they are no wider."""
+        values = torch.zeros(len(tensors), dtype=torch.float64, device=self._device)
+        for width in (torch.float32, torch.float64):
+            chosen = [i for i, t in enumerate(tensors) if (_width(t) == width)]
+            if chosen:
+                plain = [_as_real(tensors[i]) for i in chosen]
+                values[chosen] = torch.stack(torch._foreach_norm(plain, 2, dtype=width)).double()
+        return values
 
-def _norms(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
-    """L2 norms of tensors, as float64 on their device; accumulated in float32 for 16 bits."""
-    if not tensors:
-        return torch.zeros(0, dtype=torch.float64)
-    tensors = [t.coalesce().values() if t.is_sparse else t for t in tensors]
-    wide = torch.float64 if tensors[0].dtype == torch.float64 else torch.float32
-    return torch.stack(torch._foreach_norm(tensors, 2, dtype=wide)).double()
+
+def _width(tensor: torch.Tensor) -> torch.dtype:
+    wide = tensor.dtype in (torch.float64, torch.complex128)
+    return torch.float64 if wide else torch.float32
+
+
+def _as_real(tensor: torch.Tensor) -> torch.Tensor:
+    """The stored numbers of a sparse or complex tensor, whose norm is that of the tensor."""
+    tensor = tensor.coalesce().values() if tensor.is_sparse else tensor
+    return torch.view_as_real(tensor) if tensor.is_complex() else tensor

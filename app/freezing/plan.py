@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from app.freezing.config import (
     FreezeConfig,
+    Group,
+    Rule,
     expand_rules,
     held_norms,
     match_names,
@@ -132,7 +134,7 @@ def plan_config(
         trainable=tuple(name for name, is_frozen in frozen.items() if not is_frozen),
         layers=tuple(_plan_layers(graph, trains, computed, live)),
         cost=_cost(graph, config, trains, computed, assume, devices or {}),
-        warnings=tuple(_find_warnings(graph, config, frozen)),
+        warnings=(*_find_warnings(graph, config, frozen), *_not_assumed(graph, assume)),
     )
 
 
@@ -260,6 +262,8 @@ def _cost(
         "full": full,
         "assumed": {
             **asdict(assume),
+            "sequence_length": None,
+            "image_size": None,
             "batch_size": assume.batch_size or graph.batch_size,
             "traced_by": graph.traced_by,
         },
@@ -347,6 +351,17 @@ def _nothing_trainable(
         )
 
 
+def _not_assumed(graph: ModelGraph, assume: Assumption) -> Iterator[Warning]:
+    sizes = {"sequence length": assume.sequence_length, "image size": assume.image_size}
+    for what, value in sizes.items():
+        if value is not None and graph.nodes:
+            yield Warning(
+                "not_assumed",
+                f"A {what} of {value} was not applied: FLOPs and activations are those of the "
+                "example that was traced. Give the model's 'input' that size to plan for it.",
+            )
+
+
 def _rules_without_effect(
     graph: ModelGraph, config: FreezeConfig, frozen: Mapping[str, bool]
 ) -> Iterator[Warning]:
@@ -358,6 +373,19 @@ def _rules_without_effect(
             f"Rule {index + 1} ({rule['action']} {shown}) matches no parameter of this model. "
             "Correct it, or remove it.",
         )
+    entries = [change.rule for change in config.schedule]
+    kinds: tuple[tuple[str, Sequence[Rule | Group]], ...] = (
+        ("Group", config.groups),
+        ("Schedule entry", entries),
+    )
+    for kind, covers in kinds:
+        for index, cover in enumerate(covers):
+            if not match_names(cover, graph):
+                yield Warning(
+                    "rule_without_match",
+                    f"{kind} {index + 1} matches no parameter of this model. "
+                    "Correct it, or remove it.",
+                )
     if not config.rules and not any(frozen.values()):
         yield Warning(
             "nothing_frozen", "No rule freezes anything: this trains every parameter of the model."

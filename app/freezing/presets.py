@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import replace
-from typing import Any
 
 from app.freezing.config import FreezeConfig, Rule, expand_rules
 from app.freezing.errors import InvalidDocument
@@ -24,7 +24,7 @@ def tick_module(config: FreezeConfig, graph: ModelGraph, path: str, frozen: bool
         raise InvalidDocument(
             [("path", f"{path!r} is neither a module nor a parameter of this model.")]
         )
-    match = path if path in graph.canonical_names else f"{path}.**" if path else "**"
+    match = match_path(path, path in graph.canonical_names)
     ticked = replace(config, rules=(*config.rules, Rule("freeze" if frozen else "unfreeze", match)))
     state = expand_rules(ticked, graph)
     kept = _drop_idle_rules(ticked, graph, state)
@@ -60,67 +60,86 @@ def shortest_rules(state: Mapping[str, bool], graph: ModelGraph) -> tuple[Rule, 
     Args:
         state: first name of every parameter → whether it is frozen.
     """
-    leaves: dict[str, tuple[bool, bool]] = {}  # name → (wanted, as the model came)
-    children: dict[str, dict[str, None]] = {}
+    # For each path three choices, by what it inherits (nothing, trainable, frozen): how many rules
+    # its subtree takes, and the state that a rule for itself sets, None where it has no rule.
+    best: dict[str, tuple[_Choice, _Choice, _Choice]] = {}
     for name, first in graph.canonical_names.items():
-        if graph.by_name[first].floating:
-            leaves[name] = (state[first], not graph.by_name[first].requires_grad)
-            child = name
-            while child:
-                parent = child.rpartition(".")[0]
-                children.setdefault(parent, {})[child] = None
-                child = parent
-    order = sorted(children, key=lambda path: path.count(".") + bool(path), reverse=True)
-    # best[path][inherited]: rules for the subtree, and the state its own rule sets (None: no rule)
-    best: dict[str, dict[bool | None, tuple[int, bool | None]]] = {}
-    inherits: tuple[bool | None, ...] = (None, False, True)
-    for name, (wanted, came) in leaves.items():
-        best[name] = {
-            inherited: (0, None)
-            if (came if inherited is None else inherited) == wanted
-            else (1, wanted)
-            for inherited in inherits
-        }
-    for path in order:
-        totals = {value: sum(best[c][value][0] for c in children[path]) for value in inherits}
-        best[path] = {
-            inherited: min(
-                (totals[inherited], None),
-                (totals[True] + 1, True),
-                (totals[False] + 1, False),
-                # as few as can be; among those a rule for the whole, then rules for the parts
-                key=lambda option: (option[0], option[0] != 1 or option[1] is None),
+        parameter = graph.by_name[first]
+        if parameter.floating:
+            wanted, came = state[first], not parameter.requires_grad
+            own = (1, wanted)
+            best[name] = (
+                _AS_IT_IS if came == wanted else own,
+                own if wanted else _AS_IT_IS,
+                _AS_IT_IS if wanted else own,
             )
-            for inherited in inherits
-        }
+    is_parameter = set(best)
+    paths = [(path, below) for path, below in graph.name_tree if path not in is_parameter]
+    for path, below in paths:
+        children = [best[child] for child in below if child in best]
+        if children:
+            totals = [sum(choice[inherited][0] for choice in children) for inherited in range(3)]
+            best[path] = (
+                _choose(totals[0], totals),
+                _choose(totals[1], totals),
+                _choose(totals[2], totals),
+            )
     chosen: list[tuple[str, bool]] = []
-    level: list[tuple[str, bool | None]] = [("", None)] if children else []
+    children_of = dict(paths)
+    level = [("", 0)] if "" in best else []
     while level:
-        below: list[tuple[str, bool | None]] = []
+        deeper: list[tuple[str, int]] = []
         for path, inherited in level:
             sets = best[path][inherited][1]
             if sets is not None:
                 chosen.append((path, sets))
-            below += [
-                (child, inherited if sets is None else sets) for child in children.get(path, ())
-            ]
-        level = below
+                inherited = 2 if sets else 1
+            # where the whole subtree agrees with what it inherits, nothing below has a rule
+            if best[path][inherited] != _AS_IT_IS:
+                deeper += [(c, inherited) for c in children_of.get(path, ()) if c in best]
+        level = deeper
     return tuple(
-        Rule("freeze" if frozen else "unfreeze", match) for match, frozen in _gather(chosen, leaves)
+        Rule("freeze" if frozen else "unfreeze", match)
+        for match, frozen in _gather(chosen, is_parameter)
     )
 
 
-def _gather(
-    chosen: Iterable[tuple[str, bool]], leaves: Mapping[str, Any]
-) -> Iterable[tuple[str, bool]]:
+_Choice = tuple[int, bool | None]
+_AS_IT_IS: _Choice = (0, None)
+
+
+def _choose(as_inherited: int, totals: Sequence[int]) -> _Choice:
+    """As few rules as can be; among those a rule for the whole, then rules for the parts."""
+    trainable, frozen = totals[1] + 1, totals[2] + 1
+    if as_inherited and 1 in (trainable, frozen):
+        return (1, frozen == 1)
+    if as_inherited <= min(trainable, frozen):
+        return (as_inherited, None)
+    return (frozen, True) if frozen <= trainable else (trainable, False)
+
+
+def match_path(path: str, is_parameter: bool) -> str:
+    """The match that covers one parameter, or all below one module, whatever its name holds."""
+    if not set(path) & _SPECIAL and not path.startswith(("re:", "has:")):
+        return path if is_parameter else f"{path}.**" if path else "**"
+    return f"re:{re.escape(path)}" + ("" if is_parameter else r"\..*")
+
+
+_SPECIAL = frozenset("*?{},")
+
+
+def _gather(chosen: Iterable[tuple[str, bool]], parameters: Set[str]) -> Iterable[tuple[str, bool]]:
     """Siblings with the same rule become one: layer.0, layer.1, layer.2 → layer.{0..2}."""
     siblings: dict[tuple[str, bool, bool], list[str]] = {}
     for path, frozen in chosen:
         parent, _, last = path.rpartition(".")
-        siblings.setdefault((parent, frozen, path in leaves), []).append(last)
+        siblings.setdefault((parent, frozen, path in parameters), []).append(last)
     for (parent, frozen, is_parameter), lasts in siblings.items():
         prefix = f"{parent}." if parent else ""
-        for last in _braces(lasts):
+        special = [last for last in lasts if set(prefix + last) & _SPECIAL]
+        for last in special:
+            yield match_path(prefix + last, is_parameter), frozen
+        for last in _braces([last for last in lasts if last not in special]):
             match = prefix + last
             yield (match if is_parameter else f"{match}.**" if match else "**"), frozen
 

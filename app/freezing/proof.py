@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
 
 from app.freezing.apply import Freeze
 from app.freezing.config import FreezeConfig, expand_rules, held_norms
@@ -43,6 +44,11 @@ class Proof:
         self._take(freeze.parameters)
         self._take(self._buffers())
 
+    def _parameters(self) -> dict[str, torch.Tensor]:
+        """What the model holds now under each name, which somebody may have replaced."""
+        named = dict(self._freeze.model.named_parameters(remove_duplicate=False))
+        return {n: named.get(n, torch.empty(0)) for n in self._freeze.parameters}
+
     def _buffers(self) -> dict[str, torch.Tensor]:
         return dict(self._freeze.model.named_buffers())
 
@@ -69,13 +75,14 @@ class Proof:
         self._take({name: tensors[name] for name in anew})
         self._held = held
 
-    def state(self) -> dict[str, str]:
-        """Digests where everything began, to go with a checkpoint."""
-        return dict(self._start)
+    def state(self) -> dict[str, Any]:
+        """Where everything began and what was breached since, as JSON to go with a checkpoint."""
+        return {"digests": dict(self._start), "breaches": list(self._breaches)}
 
-    def resume(self, state: Mapping[str, str]) -> None:
-        """Go on from the digests of an earlier attempt; its copies are gone."""
-        self._start.update(state)
+    def resume(self, state: Mapping[str, Any]) -> None:
+        """Go on from the `state` of an earlier attempt; its copies are gone."""
+        self._start.update(state["digests"])
+        self._breaches = list(state["breaches"])
         self._copies = {n: t for n, t in self._copies.items() if digest_tensor(t) == self._start[n]}
 
     def check(self, gradients: Mapping[str, float | None] | None = None) -> dict[str, Any]:
@@ -88,15 +95,16 @@ class Proof:
         Returns:
             The proof in the shape of ``GET /api/jobs/{id}/proof``.
         """
-        parameters = self._freeze.parameters
+        parameters = self._parameters()
         now = {name: digest_tensor(p) for name, p in parameters.items()}
         frozen = [n for n, is_frozen in self._freeze.frozen.items() if is_frozen]
         trained = [n for n, is_frozen in self._freeze.frozen.items() if not is_frozen]
         changed = [n for n in frozen if now[n] != self._start[n]]
         still = [n for n in trained if now[n] == self._start[n]]
         buffers = self._buffers()
-        held = [n for n in self._freeze.held_buffers if n in buffers]
-        drifted = [n for n in buffers if digest_tensor(buffers[n]) != self._start[n]]
+        held = self._freeze.held_buffers
+        buffers |= {n: torch.empty(0) for n in held if n not in buffers}  # gone: so it changed
+        drifted = [n for n in buffers if digest_tensor(buffers[n]) != self._start.get(n)]
         return proof_document(
             frozen=frozen,
             changed=self._breaches + [self._describe(n, parameters[n]) for n in changed],
@@ -117,7 +125,17 @@ class Proof:
         }
 
     def _likely_cause(self, name: str) -> str:
-        module = self._freeze.model.get_submodule(name.rpartition(".")[0])
+        module = dict(self._freeze.model.named_modules()).get(name.rpartition(".")[0])
+        if module is None:
+            return "the module that owned it is gone"
+        own = self._freeze.parameters.get(name)
+        if (
+            own is not None
+            and dict(module.named_parameters()).get(name.rpartition(".")[2]) is not own
+        ):
+            return "the model holds another tensor under this name: its parameter was replaced"
+        if isinstance(module, _NormBase):
+            return "a norm layer in train mode moves its running statistics"
         if isinstance(module, nn.Embedding) and module.max_norm is not None:
             return "the embedding's max_norm rewrites rows in forward"
         if self._freeze.config.mechanism == "zero_grad":
@@ -154,12 +172,6 @@ def proof_document(
             "allowed": allowed,
         },
     }
-
-
-PENDING: Mapping[str, Any] = {
-    **proof_document(frozen=[], changed=[], trained=[], still=[], held=[], drifted=[], allowed=[]),
-    "verdict": "pending",
-}
 
 
 def _largest_difference(before: torch.Tensor, after: torch.Tensor) -> float | None:
@@ -208,7 +220,11 @@ def compare_checkpoints(before: Path, after: Path, config: FreezeConfig) -> dict
     if config.norm_statistics == "freeze":
         owners = dict.fromkeys(name.rpartition(".")[0] for name in buffers)
         norms = set(held_norms(owners, parameters))
-        held = [name for name in buffers if name.rpartition(".")[0] in norms]
+        held = [
+            name
+            for name in buffers
+            if name.rpartition(".")[2] in _STATISTICS and name.rpartition(".")[0] in norms
+        ]
 
     def describe(names: Iterable[str]) -> list[dict[str, Any]]:
         return [
@@ -259,7 +275,7 @@ def _read_tensors(path: Path) -> dict[str, torch.Tensor]:
     return tensors
 
 
-_BUFFER_NAMES = ("running_mean", "running_var", "num_batches_tracked")
+_STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 
 
 def _sort_names(
@@ -281,7 +297,7 @@ def _sort_names(
                 )
             ]
         )
-    buffers = [name for name in tensors if name.rpartition(".")[2] in _BUFFER_NAMES]
+    buffers = [name for name in tensors if name.rpartition(".")[2] in _STATISTICS]
     names = [name for name in tensors if name not in buffers]
     return expand_rules(config, _graph_of_names(tensors, names)), buffers
 

@@ -66,9 +66,6 @@ def trace_model(model: nn.Module, example: Any, *, loss: Loss | None = None) -> 
     Returns:
         The graph; `traced_by` says how it was got.
     """
-    if example is not None and any(is_lazy(p) for p in model.parameters()):
-        with torch.no_grad():
-            call_model(model, example)
     bare = read_model(model)
     nodes: tuple[Node, ...] = ()
     traced_by, forward_flops = "none", 0
@@ -343,6 +340,8 @@ class _Recorder(TorchDispatchMode):
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.flops: dict[int, int] = {}
+        self.inner_flops: dict[int, int] = {}  # of operations that made no node, after which node
+        self.newest = _sequence_number() - 1
         self.forward_flops = 0
         self.saving: set[int] = set()  # nodes that save under our hook: a checkpoint's do not
         self.constants = {id(b): b for b in model.buffers()}
@@ -358,19 +357,22 @@ class _Recorder(TorchDispatchMode):
     ) -> Any:
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
-        number = (
-            _sequence_number() - 1
-        )  # of the node that autograd has just made for this operation
+        # The newest node is this operation's if there was none as new at the last one. A comparison
+        # makes none, nor does what runs under no_grad or inside a Python autograd function.
+        number = _sequence_number() - 1
+        made_node, self.newest = number != self.newest, number
         formula = _FLOPS.get(func._overloadpacket)
         if formula is not None:
             flops = int(formula(*args, **kwargs, out_val=result))
             self.forward_flops += flops
-            self.flops[number] = self.flops.get(number, 0) + flops
+            counted = self.flops if made_node else self.inner_flops
+            counted[number] = counted.get(number, 0) + flops
         read = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
         derived = any(id(t) in self.derived for t in read) and all(
             id(t) in self.derived or id(t) in self.constants for t in read
         )
-        self.from_parameters[number] = self.from_parameters.get(number, True) and derived
+        if made_node:
+            self.from_parameters[number] = derived
         if derived:
             for leaf in tree_leaves(result):
                 self.derived[id(leaf)] = leaf  # held, so that its id stays its own
@@ -398,6 +400,8 @@ def _read_nodes(
             continue
         number, kind = grad_fn._sequence_nr(), grad_fn.name()
         flops = recorder.flops.get(number, 0)
+        if isinstance(grad_fn, torch.autograd.function.BackwardCFunction):
+            flops += recorder.inner_flops.get(number, 0)
         edges = _COSTLY_EDGES.get(kind)
         nodes.append(
             Node(

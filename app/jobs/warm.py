@@ -34,7 +34,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import app
-from app.jobs import SLEEPING_THREADS
+from app.jobs import BRIEF_SPIN
 from app.jobs import folder as job_folder
 
 # torch._dynamo is what the first optimizer of a process would import, for two seconds.
@@ -62,7 +62,18 @@ ALLOWED_NAMES = frozenset(
         *("http_proxy", "https_proxy", "no_proxy", "all_proxy"),
     )
 )
-ALLOWED_PREFIXES = ("LC_", "HF_", "CUDA_", "NVIDIA_", "NCCL_", "OMP_", "MKL_", "TORCH", "PYTORCH_")
+ALLOWED_PREFIXES = (
+    "LC_",
+    "HF_",
+    "CUDA_",
+    "NVIDIA_",
+    "NCCL_",
+    "OMP_",
+    "GOMP_",
+    "MKL_",
+    "TORCH",
+    "PYTORCH_",
+)
 
 
 class KeeperError(RuntimeError):
@@ -80,7 +91,7 @@ def allowed_environment(environment: Mapping[str, str]) -> dict[str, str]:
         for name, value in environment.items()
         if name in ALLOWED_NAMES or name.startswith(ALLOWED_PREFIXES)
     }
-    return dict([SLEEPING_THREADS]) | allowed
+    return dict([BRIEF_SPIN]) | allowed
 
 
 def _version() -> list[str]:

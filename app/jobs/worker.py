@@ -24,7 +24,7 @@ from types import FrameType
 from typing import Any
 
 from app.freezing.errors import InvalidDocument
-from app.jobs import SLEEPING_THREADS
+from app.jobs import BRIEF_SPIN
 from app.jobs import folder as job_folder
 from app.jobs.folder import SpoolWriter, Wish, WishReader
 from app.training.places import checkpoint_path, checkpoint_steps
@@ -50,7 +50,7 @@ def main(folder: Path, attempt: int | None = None) -> int:
         Takes over the output and the signals of this process, which must not be used for more.
     """
     folder = folder.resolve()
-    os.environ.setdefault(*SLEEPING_THREADS)  # before torch is imported
+    os.environ.setdefault(*BRIEF_SPIN)  # before torch is imported
     try:
         directory = _choose_attempt(folder, attempt)
         job_folder.hold_lock(directory)

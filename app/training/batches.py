@@ -14,12 +14,19 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.data import DataLoader, Dataset
 
 
+class DataError(Exception):
+    """A dataset could not give an example, or its examples do not make a batch."""
+
+    reason = "data_error"
+
+
 class Batches:
     """The batches of a training set in their order, from any position in it.
 
     Attributes:
         per_epoch: batches in one epoch.
         position: batches handed out since the beginning of training.
+        left_out: whether a last batch of one example is.
     """
 
     def __init__(
@@ -41,8 +48,8 @@ class Batches:
         self._dataset, self._batch_size, self._seed = dataset, batch_size, seed
         self._collate, self._seed_items, self._num_workers = collate, seed_items, num_workers
         self.per_epoch = -(-self.size // batch_size)
-        if drop_single and self.per_epoch > 1 and self.size % batch_size == 1:
-            self.per_epoch -= 1
+        self.left_out = drop_single and self.per_epoch > 1 and self.size % batch_size == 1
+        self.per_epoch -= self.left_out
         self._iterator: Iterator[Any] | None = None
 
     def next_window(self, count: int) -> list[Any]:
@@ -51,7 +58,13 @@ class Batches:
         count = min(count, self.per_epoch - start)
         if self._iterator is None or start == 0:
             self._iterator = iter(self._load_epoch(epoch, start))
-        window = [next(self._iterator) for _ in range(count)]
+        try:
+            window = [next(self._iterator) for _ in range(count)]
+        except Exception as error:  # whatever a user's dataset raises
+            raise DataError(
+                f"Reading the training set failed in epoch {epoch + 1}: "
+                f"{type(error).__name__}: {error}"
+            ) from error
         self.position += count
         return window
 
@@ -98,7 +111,7 @@ class SeededItems(Dataset[Any]):
 
     def __getitem__(self, index: int) -> Any:
         with untouched_generators():
-            seed_generators(mix_seed(self._seed, self._epoch, index))
+            seed_host_generators(mix_seed(self._seed, self._epoch, index))
             return self._dataset[index]
 
 
@@ -111,6 +124,12 @@ def mix_seed(*parts: int) -> int:
 def seed_generators(seed: int) -> None:
     """Seed torch (every device), Python and NumPy."""
     torch.manual_seed(seed)
+    seed_host_generators(seed)
+
+
+def seed_host_generators(seed: int) -> None:
+    """Seed torch's generator of the CPU, Python's and NumPy's."""
+    torch.default_generator.manual_seed(seed)
     random.seed(seed)
     np.random.seed(seed % 2**32)
 
@@ -144,12 +163,19 @@ def write_generators(
 
 
 @contextlib.contextmanager
-def untouched_generators() -> Iterator[None]:
-    """Whatever is drawn inside, the global CPU generators go on as if it had not been."""
+def untouched_generators(device: torch.device | None = None) -> Iterator[None]:
+    """Whatever is drawn inside, the global generators go on as if it had not been.
+
+    Those of the CPU, and that of `device` where it is a GPU.
+    """
+    gpu = device if device is not None and device.type == "cuda" else None
+    gpu_state = None if gpu is None else torch.cuda.get_rng_state(gpu)
     state = torch.get_rng_state(), random.getstate(), np.random.get_state()
     try:
         yield
     finally:
+        if gpu is not None and gpu_state is not None:
+            torch.cuda.set_rng_state(gpu_state, gpu)
         torch.set_rng_state(state[0])
         random.setstate(state[1])
         np.random.set_state(state[2])

@@ -71,10 +71,15 @@ def write_checkpoint(folder: Path, checkpoint: Checkpoint) -> dict[str, Any]:
         (temporary / MANIFEST_FILE).write_text(json.dumps(manifest))
         for path in (*temporary.iterdir(), temporary):
             _sync(path)
-        if final.exists():  # this very step, from an earlier attempt: identical or superseded
-            shutil.rmtree(final)
+        # The same step from an earlier attempt stays beside until the new one is published: a
+        # worker that starts renames it back where that did not come to pass.
+        aside = folder / f".old-{final.name}"
+        shutil.rmtree(aside, ignore_errors=True)
+        if final.exists():
+            final.rename(aside)
         temporary.rename(final)
         _sync(folder)
+        shutil.rmtree(aside, ignore_errors=True)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
@@ -131,6 +136,9 @@ def load_model_tensors(model: nn.Module, tensors: Mapping[str, torch.Tensor]) ->
         CorruptCheckpoint: names or shapes differ.
     """
     own = model_tensors(model)
+    late = {name: t for name, t in tensors.items() if name not in own}
+    if not set(own) - set(tensors):
+        own |= _register_late_buffers(model, late)
     if set(own) != set(tensors):
         raise CorruptCheckpoint(
             f"The checkpoint and the model differ in {sorted(set(own) ^ set(tensors))[:5]}."
@@ -142,6 +150,20 @@ def load_model_tensors(model: nn.Module, tensors: Mapping[str, torch.Tensor]) ->
                     f"{name} is {tuple(tensor.shape)} there, {tuple(own[name].shape)} in the model."
                 )
             own[name].copy_(tensor)
+
+
+def _register_late_buffers(
+    model: nn.Module, tensors: Mapping[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """Give a fresh model the buffers that its forward registered before the checkpoint."""
+    modules = dict(model.named_modules())
+    registered = {}
+    for name, tensor in tensors.items():
+        path, _, last = name.rpartition(".")
+        if path in modules and not hasattr(modules[path], last):
+            modules[path].register_buffer(last, tensor.clone())
+            registered[name] = modules[path].get_buffer(last)
+    return registered
 
 
 def _storable(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

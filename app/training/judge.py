@@ -80,13 +80,20 @@ def read_target(batch: Any) -> torch.Tensor | None:
 
 
 def _classes_first(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor | None:
-    """Logits with the class axis second, as cross-entropy wants it; None where none is there."""
-    if logits.dim() == target.dim() + 1:
-        if logits.shape[0] == target.shape[0] and logits.shape[2:] == target.shape[1:]:
-            return logits
-        if logits.shape[:-1] == target.shape:
-            return logits.movedim(-1, 1)
-    return None
+    """Logits with the class axis second, as cross-entropy wants it; None where none is there.
+
+    Raises:
+        InvalidDocument: both the second and the last axis could be the classes.
+    """
+    if logits.dim() != target.dim() + 1 or logits.shape[0] != target.shape[0]:
+        return None
+    second, last = logits.shape[2:] == target.shape[1:], logits.shape[:-1] == target.shape
+    if second and last and logits.dim() > 2:
+        raise _misfit(
+            f"In an output of shape {tuple(logits.shape)} both the second and the last axis could "
+            "be the classes; give the factory a 'loss'."
+        )
+    return logits if second else logits.movedim(-1, 1) if last else None
 
 
 def evaluate_set(
@@ -116,7 +123,7 @@ def evaluate_set(
     items = SeededItems(dataset, mix_seed(seed, 1), 0) if seed_items else dataset
     sums: dict[str, float] = defaultdict(float)
     counts: dict[str, int] = defaultdict(int)
-    with torch.no_grad(), untouched_generators():
+    with torch.no_grad(), untouched_generators(device):
         for loaded in load_batches(items, batches, collate, 0, torch.Generator()):
             if interrupted():
                 return None
@@ -125,7 +132,7 @@ def evaluate_set(
                 output = call_on_batch(built.model, batch)
                 loss = compute_loss(built, output, batch)
             size = count_examples(batch)
-            for name, value, count in _judge_batch(built, output, batch, loss, size):
+            for name, (value, count) in _judge_batch(built, output, batch, loss, size).items():
                 sums[name] += value * count
                 counts[name] += count
     return {name: sums[name] / counts[name] for name in sums if counts[name]}
@@ -133,23 +140,28 @@ def evaluate_set(
 
 def _judge_batch(
     built: BuiltModel, output: Any, batch: Any, loss: torch.Tensor, size: int
-) -> list[tuple[str, float, int]]:
-    judged = [("loss", loss.item(), size)]
+) -> dict[str, tuple[float, int]]:
+    """Name → (value, how many it is the mean of); a factory's metric replaces ours of its name."""
+    judged = {"loss": (loss.item(), size)}
     logits, target = read_logits(output), read_target(batch)
     if (
-        logits is not None
-        and target is not None
-        and built.intake
+        built.intake
         and built.intake.is_autoregressive
+        and logits is not None
+        and target is not None
     ):
         logits, target = logits[:, :-1], target[:, 1:]
-    if logits is not None and target is not None and not target.is_floating_point():
-        classes = _classes_first(logits, target)
-        if classes is not None:
-            counted = target != IGNORED_TARGET
-            right = (classes.argmax(1) == target) & counted
-            count = int(counted.sum())
-            if count:
-                judged.append(("accuracy", right.sum().item() / count, count))
-    judged += [(name, float(metric(output, batch)), size) for name, metric in built.metrics.items()]
+    names_classes = target is not None and not target.is_floating_point()
+    if "accuracy" not in built.metrics and logits is not None and names_classes:
+        assert target is not None
+        try:
+            classes = _classes_first(logits, target)
+        except InvalidDocument:  # the model has a loss of its own and knows its axes
+            classes = None
+        count = int((target != IGNORED_TARGET).sum())
+        if classes is not None and count:
+            right = (classes.argmax(1) == target) & (target != IGNORED_TARGET)
+            judged["accuracy"] = (right.sum().item() / count, count)
+    for name, metric in built.metrics.items():
+        judged[name] = (float(metric(output, batch)), size)
     return judged

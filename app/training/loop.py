@@ -14,10 +14,20 @@ import torch
 from torch import nn
 
 from app.freezing.apply import Freeze, apply_config
-from app.freezing.config import Change, FreezeConfig, config_document, match_names, parse_rules
+from app.freezing.config import (
+    Change,
+    FreezeConfig,
+    config_document,
+    due_changes,
+    match_names,
+    parse_config,
+    parse_rules,
+)
 from app.freezing.errors import InvalidDocument
 from app.freezing.measure import LayerMeasure
+from app.freezing.presets import shortest_rules
 from app.freezing.proof import Proof
+from app.freezing.trace import read_model
 from app.sources.datasets import Data
 from app.sources.models import BuiltModel
 from app.training.batches import (
@@ -105,17 +115,21 @@ def train(
     outcome = "succeeded"
     while not run.is_done():
         wish = run.obey()
-        if wish in ("stop", "release"):
-            outcome = "stopped" if wish == "stop" else "released"
+        if wish in _ENDINGS:
+            outcome = _ENDINGS[wish]
             break
-        run.change_what_is_frozen()
-        run.take_step()
-        if run.evaluation_is_due():
+        if run.owes_evaluation():
             run.evaluate()
-        if run.checkpoint_is_due():
+        elif run.owes_checkpoint():
             run.save()
+        else:
+            run.change_what_is_frozen()
+            run.take_step()
     run.save(final=True)
     return Outcome(outcome, run.step)
+
+
+_ENDINGS = {"stop": "stopped", "release": "released"}
 
 
 def evaluate(
@@ -161,6 +175,8 @@ class _Run:
         self.step = 0 if earlier is None else earlier.step
         self.skipped = 0
         self.best_loss, self.worse = math.inf, 0
+        self.evaluated_at = -1  # the step of the newest evaluation
+        self.saved: tuple[int, dict[str, bool]] | None = None  # step and freeze state on disk
         self.edits_seen = 0
         built.model.to(device)
         if earlier is not None:
@@ -179,7 +195,7 @@ class _Run:
         if self.total_steps is None:
             self.total_steps = recipe.epochs * self.steps_per_epoch
         self.config = config
-        self.freeze: Freeze = apply_config(built.model, self._config_at(self.step))
+        self.freeze: Freeze = apply_config(built.model, self._config_to_begin_with())
         self.groups = self.freeze.parameter_groups(recipe.weight_decay)
         self.optimizer = _make_optimizer(self.groups, recipe)
         self.scaler = torch.amp.GradScaler(device.type, enabled=recipe.precision == "fp16")
@@ -205,9 +221,25 @@ class _Run:
         )
         self.emit("start", start)
         self.emit("state", {"state": "running", "seq": self.wishes().seq})
-        if self.earlier is None:
-            self.evaluate()
+        if self.batches.left_out:
+            self._say("A last batch of one example is left out: BatchNorm cannot train on it.")
         self.last_step_at = time.perf_counter()
+
+    def _config_to_begin_with(self) -> FreezeConfig:
+        """What was frozen when the checkpoint was written, so that its state fits; else the rules.
+
+        What holds by now and did not hold then comes as a change on the running model.
+        """
+        config = self._config_at(self.step)
+        if self.earlier is None or config.mechanism != "requires_grad":
+            return config
+        then = parse_config(self.earlier.state["config"])
+        return replace(
+            config,
+            rules=shortest_rules(self.earlier.state["frozen"], read_model(self.built.model)),
+            norm_statistics=then.norm_statistics,
+            dropout=then.dropout,
+        )
 
     def _restore(self, earlier: Checkpoint) -> None:
         """Everything but parameters and persistent buffers, which are in place; all by name."""
@@ -215,18 +247,17 @@ class _Run:
         buffers = dict(self.built.model.named_buffers())
         with torch.no_grad():
             for name, tensor in _below("buffer", tensors).items():
-                buffers[name].copy_(tensor)
+                if name in buffers:  # one that a forward registers is not there yet
+                    buffers[name].copy_(tensor)
         for name, values in self._by_parameter(_below("optimizer", tensors)).items():
-            if not self.freeze.frozen[name] or self.freeze.config.mechanism != "requires_grad":
-                self.optimizer.state[self.freeze.parameters[name]] = values
+            self.optimizer.state[self.freeze.parameters[name]] = values
         self.freeze.parked.update(self._by_parameter(_below("parked", tensors)))
-        same = {n for n, frozen in self.freeze.frozen.items() if state["frozen"].get(n) == frozen}
-        held = set(self.freeze.held_buffers) & set(state["held_buffers"])
-        free = set(buffers) - set(self.freeze.held_buffers) - set(state["held_buffers"])
-        digests = state["digests"]
-        self.proof.resume({n: d for n, d in digests.items() if n in same | held | free})
+        self.proof.resume(state["proof"])
+        self.measure.resume(state["gradients"])
         self.batches.seek(state["position"])
         self.best_loss, self.worse = state["best_loss"], state["worse"]
+        self.evaluated_at = state["evaluated_at"]
+        self.saved = (earlier.step, state["frozen"])
         self.scaler.load_state_dict(state["scaler"])
         write_generators(_below("generator", tensors), state["generators"], self.device)
 
@@ -279,9 +310,7 @@ class _Run:
         config = self._config_at(self.step)
         if config.rules == self.freeze.config.rules:
             return
-        kept = [c.rule for c in self.config.schedule if c.optimizer_state == "keep"]
-        names = {name for rule in kept for name in match_names(rule, self.freeze.graph)}
-        frozen, unfrozen = self.freeze.change(config, self.optimizer, names)
+        frozen, unfrozen = self.freeze.change(config, self.optimizer, self._keeping_state())
         self.proof.follow(frozen, unfrozen)
         if self.recipe.compile:
             torch._dynamo.reset()
@@ -291,19 +320,25 @@ class _Run:
 
     def _config_at(self, step: int) -> FreezeConfig:
         """The config with the rules of its schedule that hold after `step` steps."""
-
-        def begins(change: Change) -> int:
-            return change.count * (self.steps_per_epoch if change.unit == "epoch" else 1)
-
-        due = sorted((c for c in self.config.schedule if begins(c) <= step), key=begins)
+        due = due_changes(self.config, step, self.steps_per_epoch)
         return replace(self.config, rules=(*self.config.rules, *(c.rule for c in due)))
+
+    def _keeping_state(self) -> set[str]:
+        """Names whose newest due entry of the schedule wants their parked state back."""
+        keeping: set[str] = set()
+        for change in due_changes(self.config, self.step, self.steps_per_epoch):
+            names = match_names(change.rule, self.freeze.graph)
+            keeping = keeping | names if change.optimizer_state == "keep" else keeping - names
+        return keeping
 
     # ---------------------------------------------------------------------------------- one step
 
     def is_done(self) -> bool:
         assert self.total_steps is not None
         patience = self.recipe.patience
-        return self.step >= self.total_steps or (patience is not None and self.worse >= patience)
+        at_end = self.step >= self.total_steps
+        gave_up = patience is not None and self.worse >= patience
+        return (at_end or gave_up) and not self.owes_evaluation()
 
     def take_step(self) -> None:
         """One optimizer step: accumulate, unscale, measure, clip, step, measure, report."""
@@ -311,27 +346,26 @@ class _Run:
         loss = self._accumulate(window)
         if self.scaler.is_enabled():
             self._unscale()
-        measured = (self.step + 1) % self.recipe.stats_every == 0
         trainable = [p for p in self.freeze.trainable() if p.grad is not None]
-        if measured:
-            self.measure.before_step()
-        total_norm = torch.nn.utils.get_total_norm(
-            [p.grad for p in trainable if p.grad is not None]
-        )
-        loss_value, norm_value = torch.stack([loss.float(), total_norm.float()]).tolist()
+        total_norm = self.measure.read_gradients(self.freeze.frozen)
+        loss_value, norm_value = torch.stack([loss.double(), total_norm]).tolist()
         self._refuse_non_finite(loss_value, norm_value)
         values = {"loss": loss_value, "lr": self._set_rates(), "grad_norm_total": norm_value}
         if self.recipe.max_grad_norm is not None:
-            torch.nn.utils.clip_grads_with_norm_(trainable, self.recipe.max_grad_norm, total_norm)
-            values["clip_factor"] = min(1.0, self.recipe.max_grad_norm / (norm_value + 1e-6))
+            limit = self.recipe.max_grad_norm
+            torch.nn.utils.clip_grads_with_norm_(trainable, limit, total_norm.float())
+            values["clip_factor"] = min(1.0, limit / (norm_value + 1e-6))
         self.freeze.hold_gradients()
+        measured = (self.step + 1) % self.recipe.stats_every == 0
+        if measured:
+            self.measure.copy_weights()
         if not self._step_optimizer():
             return
         self.step += 1
         if self.skipped:
             values["amp_skipped"] = self.skipped
             self.skipped = 0
-        stats = self.measure.after_step(self.step) if measured else None
+        stats = self.measure.read_updates(self.step) if measured else None
         self._zero_gradients()
         now = time.perf_counter()
         step_ms, self.last_step_at = (now - self.last_step_at) * 1e3, now
@@ -417,40 +451,46 @@ class _Run:
 
     # ------------------------------------------------------------------------ evaluate and save
 
-    def evaluation_is_due(self) -> bool:
+    def owes_evaluation(self) -> bool:
+        """Before the first step, at every interval, and at the end; each only once."""
+        if not self.data.evals or self.evaluated_at == self.step:
+            return False
         every = self.recipe.eval_every or self.steps_per_epoch
-        return self.step % every == 0 or self.is_done()
+        return self.step % every == 0 or self.step == self.total_steps
 
     def evaluate(self) -> None:
-        """Judge every evaluation set, unless a stop comes in between."""
-        if self.data.evals:
-            judged = _evaluate_sets(
-                self.built, self.data, self.recipe, self.device, self.wishes, self.autocast
-            )
-            self.freeze.train()
-            if judged is None:
-                return
-            self._report(judged, None)
-            shown = ", ".join(f"{name.removeprefix('eval/')} {v:.4g}" for name, v in judged.items())
-            self._say(f"Step {self.step}: {shown}")
-            loss = judged[f"eval/{next(iter(self.data.evals))}/loss"]
-            self.best_loss, self.worse = (
-                (loss, 0) if loss < self.best_loss else (self.best_loss, self.worse + 1)
-            )
-            self.last_step_at = time.perf_counter()
-        else:
-            self.freeze.train()
+        """Judge every evaluation set, unless a stop comes in between; then it stays owed."""
+        judged = _evaluate_sets(
+            self.built, self.data, self.recipe, self.device, self.wishes, self.autocast
+        )
+        self.freeze.train()
+        self.last_step_at = time.perf_counter()
+        if judged is None:
+            return
+        self.evaluated_at = self.step
+        self._report(judged, None)
+        shown = ", ".join(f"{name.removeprefix('eval/')} {v:.4g}" for name, v in judged.items())
+        self._say(f"Step {self.step}: {shown}")
+        loss = judged[f"eval/{next(iter(self.data.evals))}/loss"]
+        self.best_loss, self.worse = (
+            (loss, 0) if loss < self.best_loss else (self.best_loss, self.worse + 1)
+        )
 
-    def checkpoint_is_due(self) -> bool:
+    def owes_checkpoint(self) -> bool:
         every = self.recipe.checkpoint_every
-        return every is not None and self.step % every == 0 and not self.is_done()
+        return bool(every and self.step and self.step % every == 0) and not self._is_saved()
+
+    def _is_saved(self) -> bool:
+        return self.saved == (self.step, self.freeze.frozen)
 
     def save(self, final: bool = False) -> None:
-        """Prove, then write a checkpoint, then let the oldest go."""
+        """Prove, then write a checkpoint where this state has none, then let the oldest go."""
         document = self.proof.check(self.measure.gradient_history())
         self.emit("proof", {**document, "step": self.step})
         self._say(f"Step {self.step}: the verdict of the proof is {document['verdict']!r}.")
-        self.emit("checkpoint", write_checkpoint(self.checkpoints, self._checkpoint()))
+        if not self._is_saved():
+            self.emit("checkpoint", write_checkpoint(self.checkpoints, self._checkpoint()))
+            self.saved = (self.step, dict(self.freeze.frozen))
         kept = self.recipe.keep_last + (1 if final else 0)
         for step in checkpoint_steps(self.checkpoints)[:-kept]:
             delete_checkpoint(self.checkpoints, step)
@@ -481,9 +521,10 @@ class _Run:
                 "worse": self.worse,
                 "scaler": self.scaler.state_dict(),
                 "generators": generator_values,
-                "digests": self.proof.state(),
+                "evaluated_at": self.evaluated_at,
+                "proof": self.proof.state(),
+                "gradients": self.measure.gradient_history(),
                 "frozen": self.freeze.frozen,
-                "held_buffers": self.freeze.held_buffers,
                 "config": config_document(self.config, self.freeze.graph),
             },
         )

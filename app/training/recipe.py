@@ -123,6 +123,17 @@ OPTIONS: tuple[Option, ...] = (
     Option("device", "device", "auto takes a GPU where there is one; else cpu, cuda or cuda:N."),
 )  # fmt: skip
 
+# What other trainers call some of them.
+_SYNONYMS = {
+    "learning_rate": "lr",
+    "num_epochs": "epochs",
+    "num_train_epochs": "epochs",
+    "steps": "max_steps",
+    "clip_grad_norm": "max_grad_norm",
+    "gradient_accumulation_steps": "grad_accumulation",
+    "save_steps": "checkpoint_every",
+    "early_stopping_patience": "patience",
+}
 _BY_NAME = {option.name: option for option in OPTIONS}
 
 
@@ -139,7 +150,7 @@ def parse_recipe(document: Any) -> Recipe:
     errors: list[tuple[str, str]] = []
     values: dict[str, Any] = {}
     for name in [name for name in document if name not in _BY_NAME][:MAX_FAULTS]:
-        message = describe_unknown(name, _BY_NAME, "an option")
+        message = describe_unknown(name, _BY_NAME, "an option", _SYNONYMS)
         errors.append((f"training.{name}"[:100], message))
     for name, option in _BY_NAME.items():
         if name not in document:

@@ -49,7 +49,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def login_link(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The one-time link that a freshly started server prints."""
     data_dir = tmp_path_factory.mktemp("data")
-    command = [sys.executable, "-m", "app", "serve", "--port", "0", "--no-open"]
+    command = [sys.executable, "-m", "app", "serve", "--port", "0", "--no-open", "--stop-jobs"]
     environment = {**os.environ, "FROSTLINE_DATA_DIR": str(data_dir), "FROSTLINE_CPU_SLOTS": "1"}
     with subprocess.Popen(
         command,
@@ -64,7 +64,7 @@ def login_link(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
             yield next(_links(process.stdout))
         finally:
             process.send_signal(signal.SIGTERM)
-            process.communicate(timeout=20)
+            process.communicate(timeout=60)
 
 
 def _links(lines: Iterator[str]) -> Iterator[str]:

@@ -3,6 +3,7 @@
 import json
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx2
@@ -11,6 +12,7 @@ import pytest
 from app.client import LOOPBACK, read_events
 from app.serving import Dashboard, listen
 from app.settings import Settings
+from app.store.lock import read_holder
 
 TOKEN = "a-token-for-tests"
 RULES = [{"action": "freeze", "match": "**"}, {"action": "unfreeze", "match": "layer3"}]
@@ -84,6 +86,7 @@ def test_a_model_is_inspected_and_its_tree_is_read(
     assert model["error"] is None
     assert model["tensor_count"] == 6
     assert model["fingerprint"].startswith("sha256:")
+    assert model["weights_digest"].startswith("sha256:")
     modules = ask(api, "GET", f"/models/{model['id']}/tree", 200)["modules"]
     assert [modules[0]["path"], modules[0]["depth"]] == ["", 0]
     names = [one["name"] for module in modules for one in module["parameters"]]
@@ -215,6 +218,60 @@ def test_a_long_job_is_paused_resumed_stopped_and_deleted(
     ask(api, "GET", path, 404)
 
 
+def test_what_is_frozen_changes_while_a_job_runs(api: httpx2.Client, model: dict[str, Any]) -> None:
+    request = {
+        "model_id": model["id"],
+        "config": {"rules": RULES},
+        "dataset": {"uri": "demo:three-layers"},
+        "training": {"max_steps": 10**8, "device": "cpu", "eval_every": 10**8},
+    }
+    job_id = ask(api, "POST", "/jobs", 201, request)["id"]
+    path = f"/jobs/{job_id}"
+    unfreeze = {"rules": [{"action": "unfreeze", "match": "layer1"}]}
+    wait_for_state(api, job_id, "running")
+    edit = ask(api, "PATCH", f"{path}/freeze", 202, unfreeze)
+    nothing = {"rules": [{"action": "freeze", "match": "**"}]}
+    assert ask(api, "PATCH", f"{path}/freeze", 409, nothing)["state"] == "running"
+    ask(api, "POST", f"{path}/pause", 202)
+    wait_for_state(api, job_id, "paused")
+    held = ask(api, "PATCH", f"{path}/freeze", 202, {"rules": RULES, "optimizer_state": "keep"})
+    assert held["step"] == ask(api, "GET", path, 200)["step"] + 1
+    ask(api, "POST", f"{path}/stop", 202)
+    wait_for_state(api, job_id, "stopped")
+    around = f"from={edit['step'] - 1}&to={held['step'] - 1}&match=layer1&stat=update_norm"
+    answer = ask(api, "GET", f"{path}/layers?{around}", 200)
+    moved = dict(zip(answer["steps"], (value > 0 for value in answer["values"][0]), strict=True))
+    assert moved == {step: step >= edit["step"] for step in moved}
+    assert max(moved) == held["step"] - 1
+    config = ask(api, "GET", f"{path}/config", 200)
+    assert config["rules"] == RULES
+    assert [change["at"]["step"] + 1 for change in config["schedule"]] == [
+        edit["step"],
+        held["step"],
+        held["step"],
+    ]
+    ask(api, "PATCH", f"{path}/freeze", 409, unfreeze)
+    ask(api, "DELETE", path, 204)
+
+
+def test_the_stream_of_a_deleted_job_ends(api: httpx2.Client, model: dict[str, Any]) -> None:
+    request = {
+        "model_id": model["id"],
+        "config": {"rules": RULES},
+        "dataset": {"uri": "demo:three-layers"},
+        "training": {"max_steps": 10**8, "device": "cpu"},
+    }
+    running, queued = (ask(api, "POST", "/jobs", 201, request)["id"] for _ in range(2))
+    with api.stream("GET", f"/jobs/{queued}/events") as answer:
+        events = read_events(answer.iter_lines())
+        assert next(events)[1]["state"] == "queued"
+        ask(api, "DELETE", f"/jobs/{queued}", 204)
+        assert "end" in [name for name, _ in events]
+    ask(api, "POST", f"/jobs/{running}/stop", 202)
+    wait_for_state(api, running, "stopped")
+    ask(api, "DELETE", f"/jobs/{running}", 204)
+
+
 def wait_for_state(api: httpx2.Client, job_id: int, state: str) -> None:
     with api.stream("GET", f"/jobs/{job_id}/events", params={"cursor": "now"}) as answer:
         now = ask(api, "GET", f"/jobs/{job_id}", 200)["state"]
@@ -255,6 +312,18 @@ def test_what_cannot_be_launched_is_a_422_that_names_the_field(
     problem = ask(api, "POST", "/jobs", 422, {**request, **changes})
     assert any(fault["field"].startswith(field) for fault in problem["errors"])
     assert all(fault["message"] for fault in problem["errors"])
+
+
+def test_behind_a_root_path_the_folder_names_an_address_that_answers(tmp_path: Path) -> None:
+    listener = listen(LOOPBACK, 0)
+    port = listener.getsockname()[1]
+    settings = Settings(data_dir=tmp_path, port=port, root_path="/ice", behind_proxy=True)
+    with Dashboard(settings, listener).in_background():
+        holder = read_holder(tmp_path)
+        assert holder is not None
+        assert httpx2.get(f"{holder.address}/api/health", trust_env=False).status_code == 200
+        page = httpx2.get(f"{holder.address}/jobs", trust_env=False)
+        assert page.headers["Location"] == "/ice/login"
 
 
 def test_the_interface_describes_itself(api: httpx2.Client) -> None:

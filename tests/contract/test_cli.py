@@ -77,6 +77,10 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         server.communicate(timeout=10)
 
 
+def test_the_version_is_told(data: Path) -> None:
+    assert run(data, "--version").startswith("frostline ")
+
+
 @pytest.mark.parametrize("verb", VERBS)
 def test_every_verb_explains_itself(data: Path, verb: str) -> None:
     page = run(data, verb, "--help")
@@ -142,7 +146,9 @@ def test_training_exporting_verifying_and_deleting(served: Path) -> None:
     verify = ("verify", str(first), str(last), "--config", str(config))
     assert "bit-identical" in run(served, *verify)
     config.write_text(json.dumps({"rules": [{"action": "freeze", "match": "layer3"}]}))
-    assert "layer3.weight" in run(served, *verify, status=1)
+    told = run(served, *verify, status=1)
+    assert "did: layer3.bias layer3.weight" in told
+    assert "did not move: layer1.bias layer1.weight" in told
     run(served, "delete", number)
     assert "job" in run(served, "delete", number, status=1).lower()
 
@@ -243,7 +249,9 @@ def test_leaving_lets_jobs_go_on_or_stops_them(tmp_path: Path, stops: bool) -> N
     assert json.loads(run(tmp_path, "jobs", "--json"))[0]["state"] == (
         "stopped" if stops else "running"
     )
-    if not stops:
+    if not stops:  # each command finds the worker, and stays until it has heeded
+        assert "paused" in run(tmp_path, "pause", "1")
+        assert json.loads(run(tmp_path, "jobs", "--json"))[0]["state"] == "paused"
         assert "stopped" in run(tmp_path, "stop", "1")
 
 

@@ -69,7 +69,7 @@ def test_the_server_starts_without_what_only_workers_need() -> None:
 
 
 def test_no_room_imports_what_it_must_not_know() -> None:
-    command = [Path(sys.executable).with_name("lint-imports"), "--no-cache"]
+    command = [str(Path(sys.executable).with_name("lint-imports")), "--no-cache"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "0 broken" in done.stdout

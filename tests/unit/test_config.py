@@ -4,6 +4,7 @@ import json
 from dataclasses import replace
 
 import pytest
+from torch import nn
 
 from app.freezing.config import (
     FreezeConfig,
@@ -187,3 +188,15 @@ def test_the_head_is_the_last_module_with_parameters() -> None:
     frozen, trainable = split_names(preset_config("head-only", CONVOLUTIONAL), CONVOLUTIONAL)
     assert trainable == ("head.weight", "head.bias")
     assert len(frozen) == CONVOLUTIONAL.tensor_count - 2
+
+
+def test_names_with_glob_characters_are_matched_literally() -> None:
+    odd = nn.Sequential()
+    for name in ("a*", "ab", "{x}", "re:b", "c,d"):
+        odd.add_module(name, nn.Linear(1, 1))
+    graph = read_model(odd)
+    for name in ("a*", "{x}", "re:b", "c,d"):
+        frozen, _ = split_names(tick_module(FreezeConfig(), graph, name, True), graph)
+        assert frozen == (f"{name}.weight", f"{name}.bias")
+        one = tick_module(FreezeConfig(), graph, f"{name}.bias", True)
+        assert split_names(one, graph)[0] == (f"{name}.bias",)

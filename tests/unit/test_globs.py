@@ -66,4 +66,6 @@ def test_a_catastrophic_expression_ends() -> None:
     started = time.monotonic()
     assert not compile_match("re:(a+)+$")("a" * 60 + "b")
     assert not compile_match("*a" * 30)("a" * 25 + "b")
+    assert not compile_match("*****b")("a" * 300)
+    assert not compile_match("*a*a*a*a*b")("a" * 300)
     assert time.monotonic() - started < 5

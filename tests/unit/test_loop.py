@@ -1,5 +1,6 @@
 """One training run: what it reports, when it stops, and that it resumes exactly."""
 
+import contextlib
 import hashlib
 import math
 from pathlib import Path
@@ -7,11 +8,14 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 from app.freezing.config import parse_config
 from app.freezing.errors import InvalidDocument
 from app.freezing.proof import compare_checkpoints
+from app.sources.models import BuiltModel
+from app.training.judge import compute_loss, evaluate_set
 from app.training.loop import NonFinite, Outcome
 from app.training.places import checkpoint_path, checkpoint_steps
 from tests.unit.models import make
@@ -233,3 +237,67 @@ def test_two_checkpoints_prove_the_freeze(tmp_path: Path) -> None:
     broken = compare_checkpoints(before, after, parse_config(freeze("head")))
     assert broken["verdict"] == "broken"
     assert {c["name"] for c in broken["frozen"]["changed"]} == {"head.weight", "head.bias"}
+
+
+def test_steps_that_fp16_leaves_out_are_no_steps(tmp_path: Path) -> None:
+    outcome, told = run(
+        make("plain")[0], make_data((6,)), tmp_path, precision="fp16", eval_every=2,
+        checkpoint_every=2, max_steps=4, patience=9, optimizer="sgd", lr=1e-9,
+        loss=lambda output, _: output.float().square().mean() * 1e4,
+    )  # fmt: skip
+    assert outcome == Outcome("succeeded", 4)
+    assert [p["step"] for p in told.of("checkpoint")] == [2, 4]
+    evaluated = [p["step"] for p in told.of("metrics") if "eval/eval/loss" in p["values"]]
+    assert evaluated == [0, 2, 4]
+    assert sum("amp_skipped" in p["values"] for p in told.of("metrics")) >= 1
+
+
+def test_rare_layer_statistics_do_not_hide_gradients_from_the_proof(tmp_path: Path) -> None:
+    model, _ = make("plain")
+    model.to(torch.bfloat16)
+    data = make_data((6,))
+    data = type(data)(
+        train=torch.utils.data.TensorDataset(
+            torch.randn(8, 6).bfloat16(), torch.zeros(8, dtype=torch.long)
+        ),
+        seed_items=False,
+    )
+    _, told = run(model, data, tmp_path, stats_every=10**6, lr=1e-9, max_steps=3)
+    still = told.of("proof")[-1]["trained"]["still"]
+    assert still
+    assert {item["cause"].split(":")[0] for item in still} == {"rounded away"}
+
+
+def test_a_metric_of_the_factory_replaces_ours_of_its_name() -> None:
+    model, _ = make("plain")
+    built = BuiltModel(model, metrics={"accuracy": lambda output, batch: 0.25})
+    judged = evaluate_set(
+        built, make_data((6,)).evals["eval"], batch_size=4, collate=None, seed_items=False,
+        seed=0, device=torch.device("cpu"), autocast=contextlib.nullcontext,
+        interrupted=lambda: False,
+    )  # fmt: skip
+    assert judged is not None
+    assert judged["accuracy"] == 0.25
+
+
+def test_two_axes_that_could_be_the_classes_are_refused() -> None:
+    built = BuiltModel(nn.Identity())
+    with pytest.raises(InvalidDocument, match="both the second and the last"):
+        compute_loss(built, torch.randn(2, 5, 5), (None, torch.zeros(2, 5, dtype=torch.long)))
+
+
+def test_verify_holds_statistics_and_no_other_buffer(tmp_path: Path) -> None:
+    tensors = {
+        "counter.weight": torch.ones(2),
+        "counter.calls": torch.zeros(()),
+        "head.weight": torch.zeros(2),
+    }
+    save_file(tensors, tmp_path / "a.safetensors")
+    moved = {"counter.calls": torch.ones(()), "head.weight": torch.ones(2)}
+    save_file({**tensors, **moved}, tmp_path / "b.safetensors")
+    config = parse_config(
+        {**freeze("counter"), "frozen": ["counter.weight"], "trainable": ["head.weight"]}
+    )
+    document = compare_checkpoints(tmp_path / "a.safetensors", tmp_path / "b.safetensors", config)
+    assert document["verdict"] == "holds"
+    assert document["buffers"]["allowed"] == ["counter.calls"]

@@ -26,9 +26,10 @@ def test_norms_equal_a_naive_recomputation(name: str, optimizer: str) -> None:
         model(example).float().square().mean().backward()
         gradients = {n: None if p.grad is None else p.grad.clone() for n, p in _named(model)}
         before = {n: p.detach().clone() for n, p in _named(model)}
-        measure.before_step()
+        measure.read_gradients(applied.frozen)
+        measure.copy_weights()
         made.step()
-        stats = measure.after_step(step)
+        stats = measure.read_updates(step)
         for row, layer in enumerate(applied.graph.layers):
             names = layer.parameters
             own = [gradients[n] for n in names if gradients[n] is not None]
@@ -52,8 +53,9 @@ def test_norms_are_wide_whatever_the_weights_are_in() -> None:
     applied = apply_config(model, parse_config({}))
     measure = LayerMeasure(applied.graph, applied.parameters)
     model.weight.grad = torch.full_like(model.weight, 3.0)
-    measure.before_step()
-    stats = measure.after_step(1)
+    measure.read_gradients(applied.frozen)
+    measure.copy_weights()
+    stats = measure.read_updates(1)
     assert stats.grad_norm == [pytest.approx(900.0, rel=1e-6)]  # bf16 would say 900 ± 4
 
 
@@ -63,8 +65,9 @@ def test_a_gradient_that_is_not_finite_is_told_as_it_is() -> None:
     measure = LayerMeasure(applied.graph, applied.parameters)
     model.weight.grad = torch.tensor([[math.nan, 1.0], [1.0, 1.0]])
     model.bias.grad = torch.ones(2)
-    measure.before_step()
-    (value,) = measure.after_step(1).grad_norm
+    measure.read_gradients(applied.frozen)
+    measure.copy_weights()
+    (value,) = measure.read_updates(1).grad_norm
     assert value is not None
     assert math.isnan(value)
 
@@ -75,3 +78,51 @@ def _named(model: torch.nn.Module) -> list[tuple[str, torch.nn.Parameter]]:
 
 def _norm(tensors: list[torch.Tensor]) -> float:
     return math.sqrt(sum(t.double().square().sum().item() for t in tensors))
+
+
+def test_widths_may_differ_and_numbers_may_be_complex() -> None:
+    model = torch.nn.Module()
+    model.register_parameter("wide", torch.nn.Parameter(torch.full((4,), 3.0).double()))
+    model.register_parameter("narrow", torch.nn.Parameter(torch.full((4,), 4.0)))
+    child = torch.nn.Module()
+    child.register_parameter("wave", torch.nn.Parameter(torch.full((4,), 3 + 4j)))
+    model.add_module("child", child)
+    applied = apply_config(model, parse_config({}))
+    measure = LayerMeasure(applied.graph, applied.parameters)
+    for parameter in model.parameters():
+        parameter.grad = parameter.detach().clone()
+    total = measure.read_gradients(applied.frozen)
+    measure.copy_weights()
+    with torch.no_grad():
+        child.wave.mul_(2)
+    stats = measure.read_updates(1)
+    assert stats.grad_norm == [pytest.approx(10.0), pytest.approx(10.0)]
+    assert stats.update_norm == [0.0, pytest.approx(10.0)]
+    assert stats.weight_norm == [pytest.approx(10.0), pytest.approx(20.0)]
+    assert total.item() == pytest.approx(math.sqrt(200))
+
+
+def test_a_layer_frozen_between_two_measurements_has_its_true_weight_norm() -> None:
+    model, _ = make("plain")
+    applied = apply_config(model, parse_config({}))
+    measure = LayerMeasure(applied.graph, applied.parameters)
+
+    def step_all(measured: bool) -> list[float | None]:
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.grad = torch.ones_like(parameter)
+        measure.read_gradients(applied.frozen)
+        if measured:
+            measure.copy_weights()
+        for parameter in model.parameters():
+            if parameter.grad is not None:
+                parameter.data.sub_(0.1)
+        norms = measure.read_updates(1).weight_norm if measured else []
+        model.zero_grad()
+        return norms
+
+    step_all(measured=True)
+    step_all(measured=False)
+    model.layer1.requires_grad_(False)
+    true_norm = math.sqrt(sum(p.detach().square().sum().item() for p in model.layer1.parameters()))
+    assert step_all(measured=True)[0] == pytest.approx(true_norm, rel=1e-5)

@@ -203,3 +203,43 @@ def test_the_fingerprint_depends_on_names_shapes_types_and_ties() -> None:
 def test_a_bad_assumption_is_refused(document: object) -> None:
     with pytest.raises(InvalidDocument):
         parse_assumption(document)
+
+
+class Teacher(nn.Module):
+    """A comparison and a frozen teacher run under no_grad: operations without an autograd node."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.scale = nn.Linear(6, 6), nn.LayerNorm(6)
+        self.teacher, self.head = nn.Linear(6, 6), nn.Linear(6, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = self.first(x)
+        weight = 1 + self.scale.weight
+        positive = x > 0
+        with torch.no_grad():
+            for _ in range(50):
+                self.teacher(x)
+        return self.head(h * weight * positive)
+
+
+def test_operations_without_a_node_are_no_other_nodes_operations() -> None:
+    graph = trace_model(Teacher(), torch.randn(3, 6))
+    result = plan_config(graph, FreezeConfig(rules=(Rule("freeze", "scale"),)))
+    assert flows(result)["scale"] == "passes"
+    products = 2 * 3 * (6 * 6 + 6 * 2)
+    assert result.cost["backward_flops"] == products + 2 * 3 * 6 * 2
+    assert result.cost["forward_flops"] == products + 50 * 2 * 3 * 6 * 6
+
+
+def test_a_size_that_was_not_applied_is_not_called_assumed() -> None:
+    assume = parse_assumption({"sequence_length": 4096})
+    result = plan_config(GRAPHS["tied"], FreezeConfig(), assume)
+    assert result.cost["assumed"]["sequence_length"] is None
+    assert "not_assumed" in codes(result)
+
+
+def test_a_group_that_matches_nothing_is_said() -> None:
+    config = parse_config({"groups": [{"match": "layer9", "lr_scale": 2}]})
+    messages = [w.message for w in plan_config(GRAPHS["plain"], config).warnings]
+    assert any(message.startswith("Group 1 matches no parameter") for message in messages)

@@ -47,9 +47,13 @@ def test_a_bad_value_is_refused_under_its_name(name: str, value: object) -> None
     assert message.endswith(".")
 
 
-def test_an_unknown_option_names_the_nearest() -> None:
-    with pytest.raises(InvalidDocument, match="'batch_size'"):
-        parse_recipe({"batchsize": 3})
+@pytest.mark.parametrize(
+    ("name", "nearest"),
+    [("batchsize", "batch_size"), ("lerning_rate", "lr"), ("num_epochs", "epochs")],
+)
+def test_an_unknown_option_names_the_nearest(name: str, nearest: str) -> None:
+    with pytest.raises(InvalidDocument, match=f"the nearest is '{nearest}'"):
+        parse_recipe({name: 3})
 
 
 def test_warm_up_rises_and_schedules_fall() -> None:

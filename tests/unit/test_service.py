@@ -13,6 +13,7 @@ from app.freezing.errors import InvalidDocument
 from app.freezing.graph import ModelGraph, Module, Parameter
 from app.jobs import folder as job_folder
 from app.jobs.folder import Record
+from app.news import STEPS_A_CALL
 from app.service import Conflict, NotFound, Service
 from app.settings import Settings
 from app.store import jobs, samples
@@ -299,6 +300,105 @@ def test_a_released_job_waits_for_its_turn_and_can_be_stopped(desk: Desk) -> Non
     assert desk.service.stop_job(1)["state"] == "stopped"
 
 
+def test_an_evaluation_cannot_rest(desk: Desk) -> None:
+    desk.launch(kind="evaluate")
+    desk.begin(1)
+    with pytest.raises(Conflict, match="Only training"):
+        desk.service.pause_job(1)
+
+
+FREEZE_WEIGHT = {"rules": [{"action": "freeze", "match": "head.weight"}]}
+UNFREEZE_BIAS = {"rules": [{"action": "unfreeze", "match": "body.bias"}]}
+
+
+def applied(sequence: int, seq: int, step: int, *changes: Mapping[str, Any]) -> Record:
+    """What the loop says when a live change has taken effect."""
+    schedule = [{"at": {"step": step}, **change} for change in changes]
+    return Record(
+        1, sequence, "freeze", {"seq": seq, "step": step, "config": {"schedule": schedule}}
+    )
+
+
+def test_a_live_change_becomes_part_of_the_config_as_trained(desk: Desk) -> None:
+    desk.launch()
+    desk.begin(1)
+    edit = desk.service.change_freeze(1, UNFREEZE_BIAS)
+    assert (edit["state"], edit["step"], edit["optimizer_state"]) == ("running", None, "fresh")
+    desk.tell(1, loss(1, 7), applied(2, edit["seq"], 7, UNFREEZE_BIAS["rules"][0]))
+    assert desk.service.find_edit(1, 1, edit["seq"])["step"] == 8
+    config = desk.service.read_job_config(1)
+    assert config["rules"] == FREEZE_BODY["rules"]
+    assert config["schedule"] == [{"at": {"step": 7}, **UNFREEZE_BIAS["rules"][0]}]
+    assert desk.service.get_job(1)["config"]["schedule"] == config["schedule"]
+
+
+def test_a_live_change_never_freezes_the_last_layer(desk: Desk) -> None:
+    desk.launch()
+    desk.begin(1)
+    with pytest.raises(Conflict, match="last trainable layer") as error:
+        desk.service.change_freeze(1, FREEZE_WEIGHT)
+    assert error.value.extra == {"state": "running"}
+    first = desk.service.change_freeze(
+        1, UNFREEZE_BIAS
+    )  # not yet told of, and counted all the same
+    second = desk.service.change_freeze(1, FREEZE_WEIGHT)
+    desk.tell(1, applied(1, first["seq"], 0, UNFREEZE_BIAS["rules"][0]))
+    desk.tell(1, applied(2, second["seq"], 0, UNFREEZE_BIAS["rules"][0]))  # the loop refused it
+    with pytest.raises(Conflict, match="nothing was changed"):
+        desk.service.find_edit(1, 1, second["seq"])
+    assert len(desk.service.read_job_config(1)["schedule"]) == 1
+
+
+def test_what_is_due_by_the_schedule_counts_before_a_live_change(desk: Desk) -> None:
+    config = {
+        **FREEZE_BODY,
+        "schedule": [{"at": {"epoch": 1}, "action": "unfreeze", "match": "body.bias"}],
+    }
+    desk.launch(config=config)
+    desk.begin(1)
+    with pytest.raises(Conflict, match="last trainable layer"):
+        desk.service.change_freeze(1, FREEZE_WEIGHT)
+    payload = {"step": 3, "epoch": 1.0, "values": {}, "step_ms": 1.0}
+    desk.tell(1, Record(1, 1, "metrics", payload))
+    assert desk.service.change_freeze(1, FREEZE_WEIGHT)["step"] is None
+
+
+@pytest.mark.parametrize(
+    ("document", "at"),
+    [
+        ({}, "rules"),
+        ({"rules": []}, "rules"),
+        ({"rules": "body"}, "rules"),
+        ({"rules": [{"action": "melt", "match": "body"}]}, "rules.0.action"),
+        ({**UNFREEZE_BIAS, "optimizer_state": "old"}, "optimizer_state"),
+        ({**UNFREEZE_BIAS, "rule": 1}, "rule"),
+    ],
+)
+def test_a_live_change_is_checked_at_once(desk: Desk, document: Mapping[str, Any], at: str) -> None:
+    desk.launch()
+    desk.begin(1)
+    with pytest.raises(InvalidDocument) as error:
+        desk.service.change_freeze(1, document)
+    assert list(faults(error)) == [at]
+
+
+def test_only_a_job_that_trains_now_is_changed(desk: Desk) -> None:
+    desk.launch()
+    with pytest.raises(Conflict, match="queued"):
+        desk.service.change_freeze(1, UNFREEZE_BIAS)
+    desk.begin(1)
+    edit = desk.service.change_freeze(1, UNFREEZE_BIAS)
+    desk.end(1, "interrupted")
+    with pytest.raises(Conflict, match="ended before the change"):
+        desk.service.find_edit(1, 1, edit["seq"])
+    with pytest.raises(Conflict, match="interrupted"):
+        desk.service.change_freeze(1, UNFREEZE_BIAS)
+    desk.launch(config={**FREEZE_BODY, "mechanism": "zero_lr"})
+    desk.begin(2)
+    with pytest.raises(Conflict, match="needs the mechanism 'requires_grad'"):
+        desk.service.change_freeze(2, UNFREEZE_BIAS)
+
+
 def test_an_ended_job_resumes_with_changes(desk: Desk) -> None:
     desk.launch(training={"epochs": 1})
     desk.begin(1)
@@ -422,6 +522,33 @@ def test_news_tell_everything_once_and_the_end_last(desk: Desk) -> None:
     assert finished
     assert desk.service.news(1, cursor) == ([], cursor, True)
     assert desk.service.news(1, "now") == ([], cursor, True)
+
+
+def test_a_reader_who_was_away_for_long_misses_no_step(desk: Desk) -> None:
+    desk.launch()
+    desk.begin(1)
+    desk.tell(1, Record(1, 1, "start", START), stats(2, 1))
+    _, cursor, _ = desk.service.news(1, None)
+    desk.tell(1, *(stats(step + 1, step) for step in range(2, 2 * STEPS_A_CALL + 10)))
+    desk.end(1, "succeeded")
+    steps, portions, finished = [], 0, False
+    while not finished:
+        events, cursor, finished = desk.service.news(1, cursor)
+        steps += [step for _, data, _ in events[:1] for step in data["steps"]]
+        portions += 1
+    assert steps == list(range(2, 2 * STEPS_A_CALL + 10))
+    assert portions == 3
+    newest = desk.service.news(1, None)[0][0][1]["steps"]
+    assert (len(newest), newest[-1]) == (STEPS_A_CALL, steps[-1])
+
+
+def test_a_loss_that_is_no_number_is_no_completed_step(desk: Desk) -> None:
+    desk.launch()
+    desk.begin(1)
+    refused = {"step": 2, "epoch": 0.2, "values": {"loss": float("nan")}, "step_ms": None}
+    desk.tell(1, loss(1, 1), Record(1, 2, "metrics", refused))
+    assert desk.service.get_job(1)["step"] == 1
+    assert desk.service.read_metrics(1)["loss"]["values"] == [1.0, "NaN"]
 
 
 def test_news_go_on_from_any_event_and_survive_a_nonsense_cursor(desk: Desk) -> None:

@@ -193,6 +193,28 @@ def test_a_job_goes_from_the_queue_to_its_end(house: House) -> None:
     assert not house.tick()
 
 
+def test_a_live_change_reaches_the_worker_with_all_before_it(house: House) -> None:
+    house.launch()
+    house.tick()
+    spool = house.play_start()
+    house.tick()
+    rules = [{"action": "unfreeze", "match": "0"}]
+    for state in ("fresh", "keep"):
+        house.service.change_freeze(1, {"rules": rules, "optimizer_state": state})
+    house.tick()
+    wish = job_folder.WishReader(house.directory())()
+    assert [(edit["rules"], edit["optimizer_state"]) for edit in wish.edits] == [
+        (rules, "fresh"),
+        (rules, "keep"),
+    ]
+    assert (wish.seq, wish.state) == (2, "running")
+    schedule = [{"at": {"step": 4}, **rules[0]}]
+    spool.append("freeze", {"seq": 1, "step": 4, "config": {"schedule": schedule}})
+    house.tick()
+    assert house.service.find_edit(1, 1, 1)["step"] == 5
+    assert house.service.find_edit(1, 1, 2)["step"] is None
+
+
 def test_slots_are_kept_and_the_queue_is_fair(house: House) -> None:
     house.tick()
     first, second = house.launch(), house.launch()

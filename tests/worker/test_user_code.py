@@ -269,7 +269,7 @@ def _make_environment(folder: Path) -> Path:
 
 
 def _print_with(python: Path, code: str) -> str:
-    command = [python, "-I", "-c", code]
+    command = [str(python), "-I", "-c", code]
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
 
 

@@ -129,6 +129,7 @@ def test_a_failure_has_a_reason_a_sentence_and_a_traceback(
     assert (result["outcome"], result["reason"]) == ("failed", reason)
     assert words in result["message"]
     assert "\n" not in result["message"]
+    assert not result["message"].startswith("app.")  # our own errors are sentences
     assert "Traceback" in result["traceback"]
     assert "Traceback" in read_log(folder)
     assert wait_for_exit(folder)["code"] == 1

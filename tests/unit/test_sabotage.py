@@ -1,0 +1,332 @@
+"""Ways in which something "frozen" moves all the same: each is caught and named."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from app.freezing.apply import Freeze, apply_config
+from app.freezing.config import parse_config
+from app.freezing.proof import Proof
+from tests.unit.models import Convolutional, Plain, Tied, make
+from tests.unit.runs import freeze
+
+Optimizer = torch.optim.Optimizer
+Step = Callable[[nn.Module, Freeze, Optimizer], None]
+LAYER1 = {"layer1.weight", "layer1.bias"}
+
+CASES: list[Any] = []
+
+
+def breaks(
+    model: str,
+    frozen: str,
+    names: set[str],
+    cause: str = "",
+    optimizer: Callable[..., Optimizer] = torch.optim.AdamW,
+    **options: Any,
+) -> Callable[[Callable[..., Iterator[Any] | None]], Any]:
+    """Register a saboteur: a function called before training, which may be a generator.
+
+    Whatever comes before its `yield` happens before training, the rest after each step.
+    """
+
+    def register(saboteur: Any) -> Any:
+        case = (saboteur, model, frozen, names, cause, optimizer, options)
+        CASES.append(pytest.param(*case, id=saboteur.__name__))
+        return saboteur
+
+    return register
+
+
+def nudge(tensor: torch.Tensor) -> None:
+    tensor.data.add_(0.125)
+
+
+# ------------------------------------------------------------------- code that writes to a weight
+
+
+@breaks("plain", "layer1", {"layer1.weight"})
+def forward_writes_to_data(model: Plain, *_: Any) -> None:
+    model.layer1.register_forward_pre_hook(lambda m, _: m.weight.data.mul_(0.999))
+
+
+@breaks("plain", "layer1", {"layer1.bias"})
+def forward_writes_without_grad(model: Plain, *_: Any) -> None:
+    def write(module: nn.Linear, *_: Any) -> None:
+        with torch.no_grad():
+            module.bias.add_(1e-6)
+
+    model.layer1.register_forward_hook(write)
+
+
+@breaks("plain", "layer1", {"layer1.weight"})
+def backward_hook_writes(model: Plain, *_: Any) -> None:
+    model.layer3.register_full_backward_hook(lambda *_: nudge(model.layer1.weight))
+
+
+@breaks("plain", "layer1", {"layer1.weight"})
+def tensor_hook_of_a_neighbour_writes(model: Plain, *_: Any) -> None:
+    model.layer2.weight.register_hook(lambda _: nudge(model.layer1.weight))
+
+
+@breaks("plain", "layer1", {"layer1.weight"})
+def accumulate_hook_writes(model: Plain, *_: Any) -> None:
+    model.layer2.weight.register_post_accumulate_grad_hook(lambda _: nudge(model.layer1.weight))
+
+
+@breaks("plain", "layer1", {"layer1.weight"})
+def optimizer_hook_writes(model: Plain, _: Freeze, optimizer: Optimizer) -> None:
+    optimizer.register_step_post_hook(lambda *_: nudge(model.layer1.weight))
+
+
+@breaks("plain", "layer1", LAYER1)
+def all_weights_are_clamped(model: Plain, *_: Any) -> Iterator[None]:
+    yield
+    for parameter in model.parameters():
+        parameter.data.clamp_(-0.05, 0.05)
+
+
+@breaks("plain", "layer1", LAYER1)
+def an_average_is_copied_back(model: Plain, *_: Any) -> Iterator[None]:
+    # the average of a constant is not bit-identical to it
+    average = {n: p.detach().clone() for n, p in model.named_parameters()}
+    yield
+    for name, parameter in model.named_parameters():
+        for _ in range(50):
+            average[name].mul_(0.9999).add_(parameter.detach(), alpha=1 - 0.9999)
+        parameter.data.copy_(average[name])
+
+
+@breaks("plain", "layer1", LAYER1)
+def weights_go_through_half_precision(model: Plain, *_: Any) -> Iterator[None]:
+    yield
+    model.half().float()
+
+
+@breaks("plain", "layer1", LAYER1)
+def weights_go_through_one_vector_in_bfloat16(model: Plain, *_: Any) -> Iterator[None]:
+    yield
+    vector = nn.utils.parameters_to_vector(model.parameters()).detach()
+    nn.utils.vector_to_parameters(vector.bfloat16().float(), model.parameters())
+
+
+@breaks("plain", "layer1", LAYER1)
+def another_checkpoint_is_loaded(model: Plain, *_: Any) -> Iterator[None]:
+    yield
+    torch.manual_seed(99)
+    model.load_state_dict(Plain().state_dict())
+
+
+@breaks("plain", "layer1", LAYER1)
+def a_layer_is_initialised_again(model: Plain, *_: Any) -> Iterator[None]:
+    yield
+    model.layer1.reset_parameters()
+
+
+@breaks("plain", "layer1", {"layer1.weight"})
+def the_data_is_pointed_elsewhere(model: Plain, *_: Any) -> Iterator[None]:
+    yield
+    model.layer1.weight.data = torch.zeros_like(model.layer1.weight)
+
+
+@breaks("plain", "layer1", {"layer1.weight"}, "replaced")
+def the_parameter_is_replaced(model: Plain, *_: Any) -> Iterator[None]:
+    yield
+    model.layer1.weight = nn.Parameter(model.layer1.weight.detach() + 1, requires_grad=False)
+
+
+@breaks("plain", "layer1", {"layer1.weight"})
+def the_storage_is_shared_with_something_that_trains(model: Plain, *_: Any) -> None:
+    model.layer2.weight.data = model.layer1.weight.data.new_zeros(64).view(8, 8)
+    model.layer1.weight.data = model.layer2.weight.data.view(-1)[:48].view(8, 6)
+
+
+@breaks("plain", "layer1", {"layer1.bias"})
+def one_bit_flips(model: Plain, *_: Any) -> Iterator[None]:
+    yield
+    model.layer1.bias.data[0].view(torch.int32).bitwise_xor_(1)
+
+
+@breaks("plain", "layer1", {"layer1.bias"}, "sign of a zero")
+def the_sign_of_a_zero_changes(model: Plain, *_: Any) -> Iterator[None]:
+    yield
+    model.layer1.bias.data[0] = -model.layer1.bias.data[0]
+
+
+# --------------------------------------------------------------------------- optimizers that move
+
+
+def leave_gradient(model: Plain, *_: Any) -> None:
+    """A gradient from before the freeze, on a parameter that is in the optimizer."""
+    for parameter in model.layer1.parameters():
+        parameter.grad = torch.ones_like(parameter)
+
+
+for kind, maker in {
+    "sgd": torch.optim.SGD,
+    "adam": torch.optim.Adam,
+    "adamw": torch.optim.AdamW,
+}.items():
+    for how, chosen in {
+        "for_loop": {"foreach": False},
+        "foreach": {"foreach": True},
+        "fused": {"fused": True},
+    }.items():
+
+        def stale_gradient(model: Plain, *_: Any) -> None:
+            leave_gradient(model)
+
+        stale_gradient.__name__ = f"a_stale_gradient_moves_it_with_{kind}_{how}"
+        breaks("plain", "layer1", LAYER1, "", maker, lr=0.1, **chosen)(stale_gradient)
+
+
+def zero_gradients(model: Plain, *_: Any) -> Iterator[None]:
+    """As ``zero_grad(set_to_none=False)`` leaves them."""
+    for parameter in model.layer1.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    yield
+    for parameter in model.layer1.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+
+
+@breaks("plain", "layer1", LAYER1, "", torch.optim.AdamW, lr=0.1, weight_decay=0.1)
+def decoupled_decay_moves_it_with_zero_gradients(model: Plain, *rest: Any) -> Iterator[None]:
+    return zero_gradients(model)
+
+
+@breaks("plain", "layer1", LAYER1, "", torch.optim.Adam, lr=0.1, weight_decay=0.1)
+def coupled_decay_moves_it_with_zero_gradients(model: Plain, *rest: Any) -> Iterator[None]:
+    return zero_gradients(model)
+
+
+@breaks("plain", "layer1", LAYER1, "", torch.optim.SGD, lr=0.1, weight_decay=0.1)
+def sgds_decay_moves_it_with_zero_gradients(model: Plain, *rest: Any) -> Iterator[None]:
+    return zero_gradients(model)
+
+
+@breaks("plain", "layer1", LAYER1, "", torch.optim.SGD, lr=0.1, momentum=0.9)
+def momentum_moves_it_with_zero_gradients(
+    model: Plain, _: Freeze, optimizer: Optimizer
+) -> Iterator[None]:
+    for parameter in model.layer1.parameters():
+        optimizer.state[parameter]["momentum_buffer"] = torch.ones_like(parameter)
+    return zero_gradients(model)
+
+
+@breaks("plain", "layer1", LAYER1, "", torch.optim.Adam, lr=0.1)
+def adams_moments_move_it_with_zero_gradients(
+    model: Plain, _: Freeze, optimizer: Optimizer
+) -> Iterator[None]:
+    for parameter in model.layer1.parameters():
+        optimizer.state[parameter] = {
+            "step": torch.tensor(3.0),
+            "exp_avg": torch.ones_like(parameter),
+            "exp_avg_sq": torch.ones_like(parameter),
+        }
+    return zero_gradients(model)
+
+
+@breaks("plain", "layer1", {"layer1.weight"})
+def an_optimizer_of_somebody_else_steps_it(model: Plain, *_: Any) -> Iterator[None]:
+    other = torch.optim.SGD([model.layer1.weight], lr=0.1)
+    yield
+    model.layer1.weight.grad = torch.ones_like(model.layer1.weight)
+    other.step()
+    model.layer1.weight.grad = None
+
+
+@breaks("plain", "layer1", LAYER1)
+def a_hand_written_freeze_has_an_exhausted_generator(
+    model: Plain, _: Freeze, optimizer: Optimizer
+) -> None:
+    # ``layer.parameters()`` kept in a dictionary is empty after its first pass: the first step
+    # holds, the second moves the layer.
+    kept = {"layer1": model.layer1.parameters()}
+    model.layer1.requires_grad_(True)
+
+    def drop_gradients(*_: Any) -> None:
+        for parameter in kept["layer1"]:
+            parameter.grad = None
+
+    optimizer.register_step_pre_hook(drop_gradients)
+
+
+@breaks("plain", "layer1", LAYER1)
+def the_flag_is_set_back(model: Plain, *_: Any) -> None:
+    model.layer1.requires_grad_(True)
+
+
+@breaks("tied", "head", {"embedding.weight"})
+def a_tied_tensor_is_trained_under_its_other_name(model: Tied, *_: Any) -> Iterator[None]:
+    other = torch.optim.SGD([model.embedding.weight], lr=0.1)
+    yield
+    model.embedding.weight.grad = torch.ones_like(model.embedding.weight)
+    other.step()
+    model.embedding.weight.grad = None
+
+
+# -------------------------------------------------------------------- modules that move themselves
+
+STATISTICS = {"stem.1.running_mean", "stem.1.running_var", "stem.1.num_batches_tracked"}
+
+
+@breaks("convolutional", "stem", STATISTICS, "train mode")
+def train_is_called_past_us(model: Convolutional, *_: Any) -> None:
+    model.train()
+
+
+@breaks("convolutional", "stem", {"stem.1.num_batches_tracked"} | STATISTICS, "train mode")
+def statistics_are_computed_anew(model: Convolutional, *_: Any) -> Iterator[None]:
+    yield
+    batches = [torch.randn(4, 2, 6, 6)]
+    torch.optim.swa_utils.update_bn(batches, model)
+
+
+@breaks("convolutional", "stem", {"stem.1.running_mean", "stem.1.running_var"} | STATISTICS)
+def statistics_are_reset(model: Convolutional, *_: Any) -> Iterator[None]:
+    yield
+    model.stem[1].running_mean.fill_(1)
+    model.stem[1].running_var.fill_(2)
+    model.stem[1].num_batches_tracked.fill_(3)
+
+
+@pytest.mark.parametrize(
+    ("saboteur", "name", "frozen", "names", "cause", "optimizer", "options"), CASES
+)
+def test_what_moves_is_caught_and_named(
+    saboteur: Any,
+    name: str,
+    frozen: str,
+    names: set[str],
+    cause: str,
+    optimizer: Callable[..., Optimizer],
+    options: dict[str, Any],
+) -> None:
+    model, example = make(name)
+    applied = apply_config(model, parse_config(freeze(frozen)))
+    made = optimizer(applied.parameter_groups(options.pop("weight_decay", 0.0)), **options)
+    if saboteur is the_sign_of_a_zero_changes:
+        model.layer1.bias.data[0] = 0.0
+    shares = saboteur is the_storage_is_shared_with_something_that_trains
+    if shares:  # this one must be in place before anything is frozen
+        saboteur(model)
+    proof = Proof(applied)
+    after = None if shares else saboteur(model, applied, made)
+    if after is not None:
+        next(after)
+    for _ in range(2):
+        model(example).float().square().mean().backward()
+        made.step()
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.grad = None
+    if after is not None:
+        next(after, None)
+    document = proof.check()
+    assert document["verdict"] == "broken"
+    caught = {c["name"]: c for c in document["frozen"]["changed"] + document["buffers"]["changed"]}
+    assert set(caught) == names
+    assert all(item["cause"] and cause in item["cause"] for item in caught.values())
