@@ -357,6 +357,8 @@ class _Recorder(TorchDispatchMode):
     ) -> Any:
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
+        if func.namespace == "prim":  # a question about a tensor, asked in the middle of another
+            return result
         # The newest node is this operation's if there was none as new at the last one. A comparison
         # makes none, nor does what runs under no_grad or inside a Python autograd function.
         number = _sequence_number() - 1
