@@ -149,10 +149,18 @@ def _read_settings(**given: Any) -> "Settings":
 Json = Annotated[bool, typer.Option("--json", help="Print JSON on standard output.")]
 ConfigFile = Annotated[Path | None, typer.Option("--config", help="A freeze config (JSON).")]
 Freeze = Annotated[
-    list[str] | None, typer.Option("--freeze", metavar="GLOB", help="Freeze what matches.")
+    list[str] | None,
+    typer.Option(
+        "--freeze", metavar="GLOB", help="Freeze what matches: a glob, re:…, has:… or type=CLASS."
+    ),
 ]
 Unfreeze = Annotated[
-    list[str] | None, typer.Option("--unfreeze", metavar="GLOB", help="Train what matches.")
+    list[str] | None,
+    typer.Option(
+        "--unfreeze",
+        metavar="GLOB",
+        help="Train what matches; of several options the last one decides.",
+    ),
 ]
 ModelArgument = Annotated[
     str,
@@ -282,12 +290,18 @@ def _read_config(
     """The config of a file; the rules of the options come after its own, in the order given."""
     document = _read_json_file(file) if file else {}
     globs = {"freeze": iter(freeze or ()), "unfreeze": iter(unfreeze or ())}
-    rules = [{"action": action, "match": next(globs[action])} for action in order]
+    rules = [_read_rule(action, next(globs[action])) for action in order]
     if not rules:
         return document
     # The lists say what the file's rules alone gave; with further rules they would contradict.
     without = {key: value for key, value in document.items() if key not in ("frozen", "trainable")}
     return {**without, "rules": [*document.get("rules", []), *rules]}
+
+
+def _read_rule(action: str, text: str) -> Document:
+    """A glob, ``re:…`` or ``has:…``; ``type=LayerNorm`` names a class instead."""
+    key, _, type_ = text.partition("=")
+    return {"action": action, "type": type_} if key == "type" else {"action": action, "match": text}
 
 
 def _read_json_file(file: Path) -> Document:
@@ -501,7 +515,10 @@ def _run_job(
     with server_for(settings) as server:
         request["model_id"] = _find_model(server, model)["id"]
         job = server.call("POST", "/api/jobs", request)
-        _report(server, _follow(server, job["id"]), json_)
+        ended = _follow(server, job["id"])
+        for warning in ended["warnings"]:
+            typer.echo(f"Warning: {warning}", err=True)
+        _report(server, ended, json_)
 
 
 def _follow(server: Server, job_id: int) -> Document:

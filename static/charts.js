@@ -191,7 +191,7 @@ export async function startCompare(section) {
   const parent = section.querySelector(".charts");
   const shared = [...new Set(all.flatMap((metrics) => Object.keys(metrics)))].filter((name) => !["lr", "grad_norm_total"].includes(name));
   for (const name of shared) {
-    const chart = new Chart(parent, name, () => {});
+    const chart = new Chart(parent, name.includes("/") || name === "loss" ? `${quantity(name)}, ${label(name)}` : name, () => {});
     chart.show(all.map((metrics, i) => ({ label: names[i], ...(metrics[name] ?? { steps: [], min: [], max: [], values: [] }) })));
   }
 }

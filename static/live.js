@@ -39,6 +39,12 @@ function follow(address, handlers) {
     handlers.resume();
   });
   window.addEventListener("pagehide", close);
+  // A job that had ended and was resumed on this page moves again.
+  document.addEventListener("htmx:afterSwap", () => {
+    if (source || document.hidden || !handlers.isOver || handlers.isOver()) return;
+    open();
+    handlers.resume();
+  });
   open();
 }
 

@@ -1,6 +1,8 @@
-// Sets the chosen theme before anything is painted; the switch goes system, light, dark. A classic script on purpose.
+// Sets the chosen theme before anything is painted; the switch goes on from the system's. A classic script on purpose.
 (() => {
-  const order = ["system", "light", "dark"];
+  const dark = matchMedia("(prefers-color-scheme: dark)");
+  // The first click changes something to see, whatever the system's choice is.
+  const order = () => (dark.matches ? ["system", "light", "dark"] : ["system", "dark", "light"]);
   const root = document.documentElement;
   const read = () => {
     try {
@@ -15,10 +17,10 @@
     document.dispatchEvent(new Event("theme:changed"));
   };
   apply(read());
-  matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => apply(read()));
+  dark.addEventListener("change", () => apply(read()));
   document.addEventListener("click", (event) => {
     if (!event.target.closest("[data-theme-switch]")) return;
-    const next = order[(order.indexOf(read()) + 1) % order.length];
+    const next = order()[(order().indexOf(read()) + 1) % 3];
     try {
       localStorage.setItem("theme", next);
     } catch {

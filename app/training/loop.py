@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -22,6 +23,8 @@ from app.freezing.config import (
     match_names,
     parse_config,
     parse_rules,
+    rule_document,
+    unmatched_rules,
 )
 from app.freezing.errors import InvalidDocument
 from app.freezing.measure import LayerMeasure
@@ -213,6 +216,11 @@ class _Run:
         start = _describe_start(
             self.data, self.recipe, self.device, self.measure.layers, self.total_steps, self.step
         )
+        for index in unmatched_rules(self.config, self.freeze.graph):
+            rule = rule_document(self.config.rules[index])
+            start["warnings"].append(
+                f"Rule {index + 1} matches no parameter of this model: {json.dumps(rule)}."
+            )
         frozen = sum(self.freeze.frozen.values())
         self._say(
             f"Training on {start['device_name']} from step {self.step} to {self.total_steps}: "

@@ -285,11 +285,24 @@ class JobView:
 
     @property
     def can_resume(self) -> bool:
-        return self.state == "paused" or (self.state in ENDED_STATES and self.kind == "train")
+        return self.state == "paused" or (
+            self.state in ENDED_STATES and self.state != "succeeded" and self.kind == "train"
+        )
 
     @property
     def resume_word(self) -> str:
-        return {"paused": "Resume", "succeeded": "Train on"}.get(self.state, "Resume")
+        has_begun = self.state != "failed" or self.document.get("step")
+        return "Resume" if has_begun else "Try again"
+
+    @property
+    def can_train_on(self) -> bool:
+        """Whether it got to its end, and goes on only to a later one."""
+        return self.state == "succeeded" and self.kind == "train"
+
+    @property
+    def end_option(self) -> str:
+        """The training option that says where it ends."""
+        return "max_steps" if self.document["training"].get("max_steps") else "epochs"
 
     @property
     def samples_per_second(self) -> float | None:

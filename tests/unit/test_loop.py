@@ -301,3 +301,9 @@ def test_verify_holds_statistics_and_no_other_buffer(tmp_path: Path) -> None:
     document = compare_checkpoints(tmp_path / "a.safetensors", tmp_path / "b.safetensors", config)
     assert document["verdict"] == "holds"
     assert document["buffers"]["allowed"] == ["counter.calls"]
+
+
+def test_a_rule_that_matches_nothing_is_a_warning_of_the_run(tmp_path: Path) -> None:
+    _, told = run(make("plain")[0], make_data((6,)), tmp_path, config=freeze("encoder.**"))
+    (start,) = told.of("start")
+    assert any("encoder.**" in warning for warning in start["warnings"])

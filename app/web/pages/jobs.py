@@ -143,8 +143,14 @@ def pause_job(request: Request, job_id: int, mode: str = Form("hold")) -> Respon
 
 
 @router.post("/jobs/{job_id}/resume")
-def resume_job(request: Request, job_id: int) -> Response:
-    return _do(request, job_id, lambda: service_of(request).resume_job(job_id))
+def resume_job(
+    request: Request, job_id: int, epochs: str = Form(""), max_steps: str = Form("")
+) -> Response:
+    """Go on; with `epochs` or `max_steps`, to a new end, which a job that is through needs."""
+    ends = {"epochs": epochs.strip(), "max_steps": max_steps.strip()}
+    training = {key: int(v) if v.isdecimal() else v for key, v in ends.items() if v}
+    changes = {"training": training} if training else None
+    return _do(request, job_id, lambda: service_of(request).resume_job(job_id, changes))
 
 
 @router.post("/jobs/{job_id}/edit")
@@ -226,8 +232,16 @@ def _result_rows(jobs: Sequence[JobView], metrics: Sequence[Mapping[str, Any]]) 
     for name in sorted({name for series in metrics for name in series}):
         if name not in ("lr", "grad_norm_total"):
             ends = [(series.get(name) or {}).get("values") or [None] for series in metrics]
-            rows.append(_best_row(name, [end[-1] for end in ends]))
+            rows.append(_best_row(_metric_words(name), [end[-1] for end in ends]))
     return rows
+
+
+def _metric_words(name: str) -> str:
+    """``eval/new/accuracy`` → "accuracy, new", in the words of the charts."""
+    *_, measured = parts = name.split("/")
+    if len(parts) < 3:
+        return f"{measured}, training" if name == "loss" else name
+    return f"{measured}, {'held out' if parts[1] == 'eval' else parts[1]}"
 
 
 def _seconds(ms: float | None) -> float | None:

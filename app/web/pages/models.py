@@ -302,6 +302,8 @@ def _import(
     service = service_of(request)
     page, model = shell(request, "Import", "models"), service.get_model(model_id)
     try:
+        if not text.strip():
+            raise InvalidDocument([("", "Choose a file, or paste the JSON of a freeze config.")])
         document = read_json("document", text)
         if not isinstance(document, dict):
             raise InvalidDocument([("document", "A freeze config is a JSON object.")])

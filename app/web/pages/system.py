@@ -27,7 +27,7 @@ def _sections(report: Mapping[str, Any]) -> list[tuple[str, list[tuple[str, Any]
     """The report in groups; members that this page does not know are shown as they are."""
     versions = [(key, report[key]) for key in ("version", "python", "torch") if key in report]
     slots = [
-        (name, f"{slot['busy']} of {slot['total']} busy")
+        (name, f"{slot['busy']} of {slot['total']} busy" if slot["total"] else "none here")
         for name, slot in (report.get("slots") or {}).items()
     ]
     keeper = report.get("keeper") or {}

@@ -210,9 +210,14 @@ def list_rows(
 
 
 def find_rows(graph: ModelGraph, states: TreeStates, text: str) -> tuple[list[TreeRow], int]:
-    """Modules and parameters whose name contains `text`, or matches it as a glob; and how many."""
+    """Modules and parameters whose name or type contains `text`, or that it matches as a glob.
+
+    Returns:
+        The first rows of those found, and how many were found.
+    """
     shape = outline(graph)
     needle = text.casefold()
+    type_ = needle.removeprefix("type=").strip()
     try:
         matches = compile_match(text) if any(mark in text for mark in "*?{:") else None
     except ValueError:
@@ -222,7 +227,9 @@ def find_rows(graph: ModelGraph, states: TreeStates, text: str) -> tuple[list[Tr
     for index, module in enumerate(graph.modules):
         for name in (module.path, *module.parameters):
             is_hit = name and (matches(name) if matches else needle in name.casefold())
-            if not is_hit and not (name == module.path and needle == module.type.casefold()):
+            if not is_hit and not (
+                name == module.path and type_ and type_ in module.type.casefold()
+            ):
                 continue
             found += 1
             if found > FOUND_ROWS:

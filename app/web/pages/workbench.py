@@ -48,7 +48,9 @@ DATASET_OPTIONS = {
     "num_workers": "Loader processes",
 }
 FIRST_OPTIONS = ("epochs", "batch_size", "optimizer", "lr", "device")
-LABELS = {"lr": "learning rate", "max_steps": "steps at most", "lr_schedule": "rate schedule"}
+LABELS = {"lr": "learning rate", "max_steps": "steps at most", "lr_schedule": "LR schedule"}
+# What an empty input means, where no default says it.
+WHEN_EMPTY = {"lr": "by optimizer", "eval_every": "each epoch", "checkpoint_every": "at the end"}
 
 
 @dataclass(frozen=True)
@@ -415,7 +417,7 @@ def _option_field(option: Option, choice: Choice, wrong: Mapping[str, str]) -> F
         name=f"train.{option.name}",
         label=LABELS.get(option.name, option.name.replace("_", " ")),
         value=choice.training.get(option.name, default if choices else ""),
-        placeholder=default or ("by optimizer" if option.name == "lr" else "none"),
+        placeholder=default or WHEN_EMPTY.get(option.name, "none"),
         choices=choices,
         numeric=option.kind in ("int", "float"),
         help=option.help,
