@@ -10,6 +10,7 @@ from app.freezing.config import (
     FreezeConfig,
     Rule,
     expand_rules,
+    match_names,
     parse_config,
     parse_rules,
     rule_document,
@@ -19,6 +20,30 @@ from app.freezing.graph import ModelGraph
 from app.store.tables import Attempt, Job
 
 OPTIMIZER_STATES = ("fresh", "keep")
+
+
+def always_trains(config: FreezeConfig, graph: ModelGraph) -> bool:
+    """Whether something is trainable at the start and after each point of the schedule.
+
+    How many steps an epoch has is known to the loop alone. Where both units are mixed, both extreme
+    orders are tried, and only what fails in both is refused; the loop sees the rest.
+    """
+
+    def trains(steps_per_epoch: int) -> bool:
+        def begins(change: Change) -> int:
+            return change.count * (steps_per_epoch if change.unit == "epoch" else 1)
+
+        floating = {parameter.name for parameter in graph.parameters if parameter.floating}
+        trainable = {name for name, frozen in expand_rules(config, graph).items() if not frozen}
+        changes = sorted(config.schedule, key=begins)
+        for index, change in enumerate(changes):
+            if not trainable and begins(change) > (begins(changes[index - 1]) if index else 0):
+                return False
+            names = match_names(change.rule, graph) & floating
+            trainable = trainable - names if change.rule.freezes else trainable | names
+        return bool(trainable)
+
+    return trains(1) or trains(10**10)
 
 
 def read_edit(doc: Mapping[str, Any]) -> tuple[tuple[Rule, ...], str]:

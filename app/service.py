@@ -42,7 +42,7 @@ from app.documents import (
     read_texts,
     shorten_config,
 )
-from app.edits import add_edit, edit_document, read_edit
+from app.edits import add_edit, always_trains, edit_document, read_edit
 from app.export import export_csv, export_json
 from app.freezing.config import (
     FreezeConfig,
@@ -358,7 +358,7 @@ class Service:
         if errors:
             raise InvalidDocument(errors)
         document = self._expand(model_id, parsed)
-        if kind == "train" and not document["trainable"]:
+        if kind == "train" and not always_trains(parsed, self.read_graph(model_id)):
             raise InvalidDocument([("config", NOTHING_TRAINABLE)])
         return document, config_id
 
@@ -703,10 +703,6 @@ class Service:
     def make_link(self) -> str:
         """A new one-time login secret; only its digest is kept."""
         return self._make_login("link", timedelta(minutes=LINK_MINUTES))
-
-    def link_is_good(self, link: str) -> bool:
-        with self._db.read() as session:
-            return catalog.has_login(session, digest(link), "link")
 
     def use_link(self, link: str) -> str | None:
         """Spend a link for a session's secret; None where it is unknown, spent or too old."""

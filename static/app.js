@@ -36,13 +36,14 @@ document.addEventListener("submit", async (event) => {
   if (!("quick" in form.dataset) || event.defaultPrevented) return;
   event.preventDefault();
   const response = await fetch(form.action, { method: "POST", body: new URLSearchParams(new FormData(form, event.submitter)) });
-  if (!response.ok || !document.querySelector("[data-job]")) {
-    // The answer is the page that says why, or the list: show it as a plain form would.
-    if (response.ok) document.body.dispatchEvent(new Event("jobs:changed"));
-    else form.submit();
+  if (!response.ok) {
+    // The answer is the page that says why: show its contents, as a plain form would.
+    const page = new DOMParser().parseFromString(await response.text(), "text/html");
+    document.querySelector("main").replaceWith(page.querySelector("main"));
+    start(document.querySelector("main"));
     return;
   }
-  document.body.dispatchEvent(new Event("job:status"));
+  document.body.dispatchEvent(new Event(document.querySelector("[data-job]") ? "job:status" : "jobs:changed"));
 });
 
 // One menu at a time, closed by Escape or a click elsewhere.

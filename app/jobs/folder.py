@@ -20,6 +20,7 @@ import json
 import math
 import os
 import secrets
+import shutil
 import signal
 import struct
 import threading
@@ -115,6 +116,17 @@ def read_spec(folder: Path) -> dict[str, Any]:
 def checkpoints_folder(folder: Path) -> Path:
     """Where the job's checkpoints lie; their own names are ``training.places``'s."""
     return folder / "checkpoints"
+
+
+def tidy_checkpoints(folder: Path) -> None:
+    """Remove what killed writers left; put back a checkpoint that was aside for one never there."""
+    checkpoints = checkpoints_folder(folder)
+    for path in checkpoints.glob(".*"):
+        published = path.with_name(path.name.removeprefix(".old-"))
+        if path.name.startswith(".old-step-") and not published.exists():
+            path.rename(published)
+        elif path.name.startswith((".old-step-", ".step-", ".deleted-", ".removed-")):
+            shutil.rmtree(path, ignore_errors=True)
 
 
 # ── attempts ─────────────────────────────────────────────────────────────────────────────────────
@@ -330,6 +342,23 @@ def hold_lock(directory: Path) -> int:
         draft.unlink()
     _held.append(descriptor)
     return descriptor
+
+
+def bar_attempt(directory: Path) -> bool:
+    """Make a late start impossible; False where the attempt has had its worker already.
+
+    The lock file names nobody and is never locked: nobody is taken to live, or gets a signal.
+    """
+    draft = directory / f".bar.{os.getpid()}"
+    try:
+        holder = {"format": FORMAT, "pid": 0, "started": 0, "host": ""}
+        draft.write_text(json.dumps(holder), encoding="utf-8")
+        os.link(draft, directory / "lock")
+    except FileExistsError:
+        return False
+    finally:
+        draft.unlink(missing_ok=True)
+    return True
 
 
 def is_started(directory: Path) -> bool:

@@ -1,11 +1,12 @@
 """The runner: brings rows and job folders together, tick by tick. It runs no job itself."""
 
+import contextlib
 import errno
 import logging
 import math
 import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -21,14 +22,14 @@ from app.settings import Settings
 from app.store import catalog, files, jobs, samples
 from app.store.db import Database
 from app.store.tables import Attempt, Job, Model, Task, utc_now
-from app.training.places import checkpoint_path, checkpoint_steps
+from app.training.places import checkpoint_steps
 
 logger = logging.getLogger(__name__)
 
 LIVE_SECONDS = 0.1  # between two looks while something runs: how fresh charts are
 IDLE_SECONDS = 1.0
-STOP_SECONDS = 5.0  # patience with a worker that is to stop, beside two of its steps
-CHECKPOINT_SECONDS = 30.0
+STOP_SECONDS = 5.0  # patience with a worker that is to stop while it loads: nothing is lost
+CHECKPOINT_SECONDS = 30.0  # without progress, with one that is to stop and has begun
 EXIT_SECONDS = 2.0  # between the end of a worker and the keeper's word about it
 START_SECONDS = 60.0  # between the start of a process and its taking the attempt's lock
 RECONNECT_SECONDS = 5.0
@@ -61,6 +62,7 @@ class Watch:
     told_seq: int = -1
     unheld_at: float | None = None
     stopping_at: float | None = None
+    written: dict[Path, int] | None = None
     asked_to_leave: bool = False
     has_stalled: bool = False
 
@@ -153,6 +155,8 @@ class Runner:
         if gap > 5.0:
             for watch in self._watches.values():
                 watch.progress_at += gap
+                if watch.stopping_at is not None:
+                    watch.stopping_at += gap
         self._last_tick = now
 
     # ------------------------------------------------------------------------------ status
@@ -240,6 +244,9 @@ class Runner:
 
     def _start_job(self, job: Job, device: Device, now: float) -> None:
         folder = files.job_folder(self._settings.data_dir, _id(job))
+        newest = job_folder.newest_attempt(folder)
+        if newest is None or not job_folder.is_held(newest):  # a worker by hand may be writing
+            job_folder.tidy_checkpoints(folder)
         steps = checkpoint_steps(job_folder.checkpoints_folder(folder))
         resume_step = steps[-1] if steps else None
 
@@ -359,7 +366,8 @@ class Runner:
                 samples.ingest(session, *rows, records, offset)  # noqa: B023 (runs at once)
                 return rows[1]
 
-            attempt.spool_offset = self._db.write(store).spool_offset
+            stored = self._db.write(store)
+            attempt.spool_offset, attempt.sequence = stored.spool_offset, stored.sequence
         return True
 
     def _settle_job(self, job: Job, attempt: Attempt, directory: Path, watch: Watch) -> None:
@@ -371,6 +379,9 @@ class Runner:
         ):  # whatever is left of it must not go on beside the next
             self._signal(directory, attempt.pid, signal.SIGKILL)
         never_started = attempt.pid is None and not job_folder.is_started(directory)
+        is_open = directory.is_dir() and not job_folder.is_started(directory)
+        if is_open and not job_folder.bar_attempt(directory):
+            return  # it has started after all, in this very moment: the next tick sees it live
 
         def settle(session: Session) -> None:
             row, tried = _rows(session, job, attempt)
@@ -381,7 +392,10 @@ class Runner:
                 samples.ingest(session, row, tried, records, offset)
             if result is not None and row.kind == "train" and result["step"] > row.step:
                 jobs.update_job(session, row, step=result["step"])
-            outcome, reason, message = _judge(result, ended, row, watch.has_stalled)
+            kept = checkpoint_steps(job_folder.checkpoints_folder(directory.parent.parent))
+            outcome, reason, message = _judge(
+                result, ended, row, watch.has_stalled, tried.sequence > 0, kept
+            )
             jobs.end_attempt(session, row, tried, outcome, reason=reason, message=message)
             if never_started and row.state == "interrupted":
                 jobs.queue_job(session, row)  # a crash before the start; nothing is lost
@@ -400,18 +414,27 @@ class Runner:
     def _insist(
         self, job: Job, attempt: Attempt, directory: Path, watch: Watch, now: float
     ) -> None:
-        """A worker that is to stop does so by itself between two steps; see that it does."""
+        """A worker that is to stop does so by itself between two steps; see that it does.
+
+        Its last step, proof and checkpoint may take long, and a kill would cost all steps since the
+        checkpoint before: as long as there is progress, of whatever kind, it is let alone.
+        """
         if watch.stopping_at is None:
-            watch.stopping_at = now
-        if attempt.sequence == 0 and not watch.asked_to_leave:
-            # It is still loading and looks at no wish. Later a signal would say nothing that the
-            # wish does not, and end the children that load its data.
-            self._signal(directory, attempt.pid, signal.SIGTERM)
-            watch.asked_to_leave = True
-        patience = STOP_SECONDS + 2 * (job.step_ms or 0.0) / 1000
-        if _is_writing_checkpoint(directory.parent.parent):
-            patience = max(patience, CHECKPOINT_SECONDS)
-        if now - watch.stopping_at >= patience:
+            watch.stopping_at = watch.progress_at = now
+        if attempt.sequence == 0:
+            if not watch.asked_to_leave:
+                # It is still loading and looks at no wish. Later a signal would say nothing that
+                # the wish does not, and end the children that load its data.
+                self._signal(directory, attempt.pid, signal.SIGTERM)
+                watch.asked_to_leave = True
+            is_overdue = now - watch.stopping_at >= STOP_SECONDS
+        else:
+            written = _written_files(directory)
+            if written != watch.written:
+                watch.written, watch.progress_at = written, now
+            patience = CHECKPOINT_SECONDS + 2 * (job.step_ms or 0.0) / 1000
+            is_overdue = now - watch.progress_at >= patience
+        if is_overdue:
             self._signal(directory, attempt.pid, signal.SIGKILL)
 
     def _end_if_stalled(
@@ -446,7 +469,7 @@ class Runner:
             self._db.write(lambda s: _requeue_task(s, task))  # a crash before the start
             return
         else:
-            _, reason, message = _judge(result, ended, None, has_stalled=False)
+            _, reason, message = _judge(result, ended)
             self._db.write(lambda s: _end_task(s, task, "failed", reason, message))
             return
         files.remove_folder(folder)
@@ -520,11 +543,14 @@ def _explain_start(error: Exception) -> tuple[str, str]:
     return "disk_full" if is_full else "lost", f"The worker could not be started: {error}"
 
 
-def _is_writing_checkpoint(folder: Path) -> bool:
-    """Whether something lies among the checkpoints that is not (yet) one."""
-    checkpoints = job_folder.checkpoints_folder(folder)
-    complete = {checkpoint_path(checkpoints, step) for step in checkpoint_steps(checkpoints)}
-    return checkpoints.is_dir() and any(path not in complete for path in checkpoints.iterdir())
+def _written_files(directory: Path) -> dict[Path, int]:
+    """Every file that an attempt may be writing, half-written checkpoints too, and its size."""
+    checkpoints = job_folder.checkpoints_folder(directory.parent.parent)
+    sizes = {}
+    for path in (*directory.rglob("*"), *checkpoints.rglob("*")):
+        with contextlib.suppress(FileNotFoundError):  # the worker has just renamed or removed it
+            sizes[path] = path.stat().st_size
+    return sizes
 
 
 def _is_stopped(pid: int | None) -> bool:
@@ -543,18 +569,34 @@ def _read_end(directory: Path) -> tuple[dict[str, Any] | None, dict[str, Any] | 
 def _judge(
     result: dict[str, Any] | None,
     ended: dict[str, Any] | None,
-    job: Job | None,
-    has_stalled: bool,
+    job: Job | None = None,
+    has_stalled: bool = False,
+    has_begun: bool = False,
+    checkpoints: Sequence[int] = (),
 ) -> tuple[str, str | None, str | None]:
-    """(outcome, reason, message) of an attempt that has ended."""
-    if result is not None and result["outcome"] == "failed":
-        return "failed", result["reason"], result["message"]
-    if result is not None:
-        return result["outcome"], None, None
+    """(outcome, reason, message) of an attempt that has ended.
+
+    Args:
+        has_begun: the loop has reported something, so that there was something to lose.
+        checkpoints: the steps of which there are checkpoints, oldest first.
+    """
+    if result is not None:  # one that ended as wished may still have something to tell
+        return result["outcome"], result["reason"], result["message"]
     if job is not None and job.wish == "stop":
-        return "stopped", None, None
+        if not has_begun:
+            return "stopped", None, None
+        _, reason, message = _explain_end(ended, job)
+        if job.kind == "train":
+            newest = f"after step {checkpoints[-1]}" if checkpoints else "at all"
+            message += f" It was to stop, and did not by itself; there is no checkpoint {newest}."
+        return "stopped", reason, message
     if has_stalled:
         return "failed", "stalled", "The worker made no step for too long and was ended."
+    return _explain_end(ended, job)
+
+
+def _explain_end(ended: dict[str, Any] | None, job: Job | None) -> tuple[str, str, str]:
+    """(outcome, reason, message) of an attempt that left no result."""
     where = f" after step {job.step}" if job is not None and job.step else ""
     if ended is None:
         message = f"The worker is gone{where}, and nobody saw how it ended."

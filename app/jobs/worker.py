@@ -54,6 +54,7 @@ def main(folder: Path, attempt: int | None = None) -> int:
     try:
         directory = _choose_attempt(folder, attempt)
         job_folder.hold_lock(directory)
+        job_folder.tidy_checkpoints(folder)
         facts = job_folder.read_attempt(directory)
         spool = SpoolWriter(directory / "telemetry.spool", facts["attempt"])
     except (OSError, ValueError, job_folder.AttemptTaken) as error:
@@ -93,10 +94,9 @@ def main(folder: Path, attempt: int | None = None) -> int:
 def _describe_end(error: BaseException, step: int, wished: str | None) -> dict[str, Any]:
     if isinstance(error, StopAsked):
         return {"outcome": wished, "step": step}
-    failure = describe_failure(error)
-    if wished == "stopped":  # what breaks while it is being ended is told, but it ends as wished
-        return {"outcome": wished, "step": step, "message": failure["message"]}
-    return {"outcome": "failed", "step": step, **failure}
+    # What breaks while it is being stopped is told as ever, but it ends as wished.
+    outcome = "stopped" if wished == "stopped" else "failed"
+    return {"outcome": outcome, "step": step, **describe_failure(error)}
 
 
 def _choose_attempt(folder: Path, number: int | None) -> Path:

@@ -154,12 +154,17 @@ def end_attempt(
     state = "paused" if outcome == "released" else outcome
     if job.state == "stopping" and state == "paused":
         state = "stopped"  # a stop that came while the release was under way
-    if state == job.state:
-        return
+    if state != job.state:
+        _come_to(session, job, state, error_reason=reason, error_message=message)
+    if state == "paused" and job.wish == "running":
+        queue_job(session, job)  # it was resumed while the release was under way
+
+
+def _come_to(session: Session, job: Job, state: str, **changes: Any) -> None:
     if state not in TRANSITIONS[job.state]:
         # Its last records say so only now: it ran, or it was stopped from outside.
         move_job(session, job, "stopping" if state == "stopped" else "running")
-    moved = move_job(session, job, state, error_reason=reason, error_message=message)
+    moved = move_job(session, job, state, **changes)
     assert moved, f"no way from {job.state} to {state}"
 
 

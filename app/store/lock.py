@@ -3,6 +3,7 @@
 import fcntl
 import json
 import os
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -39,14 +40,27 @@ def hold_data_folder(data_dir: Path, address: str) -> Iterator[None]:
     data_dir.mkdir(parents=True, exist_ok=True)
     # Not truncated before the lock is ours: until then it holds the other's address.
     with os.fdopen(os.open(_path(data_dir), os.O_RDWR | os.O_CREAT, 0o600), "r+") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise DataFolderHeld(data_dir, _read(file)) from None
+        if not _take(file):
+            raise DataFolderHeld(data_dir, _read(file))
         file.truncate(0)
         json.dump({"format": 1, "pid": os.getpid(), "address": address}, file)
         file.flush()
-        yield
+        try:
+            yield
+        finally:
+            file.truncate(0)
+
+
+def _take(file: IO[str]) -> bool:
+    """Lock the file, also where somebody who only looks at it (`read_holder`) is in the way."""
+    never = threading.Event()
+    for _ in range(20):
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except BlockingIOError:
+            never.wait(0.05)
+    return False
 
 
 def read_holder(data_dir: Path) -> Holder | None:

@@ -311,3 +311,21 @@ def test_of_many_workers_one_gets_the_attempt_while_somebody_looks(tmp_path: Pat
         process.communicate()
     assert lines.count("taken") == 5
     assert [name.name for name in attempt.iterdir() if name.name.startswith(".")] == []
+
+
+def test_an_attempt_that_was_barred_cannot_start_any_more(tmp_path: Path) -> None:
+    assert job_folder.bar_attempt(tmp_path)
+    assert not job_folder.is_held(tmp_path)
+    assert not job_folder.signal_holder(tmp_path, 0)
+    with pytest.raises(job_folder.AttemptTaken):
+        job_folder.hold_lock(tmp_path)
+    assert not job_folder.bar_attempt(tmp_path)
+
+
+def test_leftovers_of_killed_writers_go_and_what_was_aside_comes_back(tmp_path: Path) -> None:
+    names = (".step-000000003.7", ".deleted-step-000000001.7", ".old-step-000000002")
+    for name in (*names, "step-000000004", ".old-step-000000004"):
+        (tmp_path / "checkpoints" / name).mkdir(parents=True)
+    job_folder.tidy_checkpoints(tmp_path)
+    left = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
+    assert left == ["step-000000002", "step-000000004"]

@@ -592,10 +592,8 @@ def test_news_of_all_jobs_are_their_newest_states(desk: Desk) -> None:
 
 def test_a_link_is_good_once_and_only_digests_are_kept(desk: Desk) -> None:
     link = desk.service.make_link()
-    assert desk.service.link_is_good(link)
     session = desk.service.use_link(link)
     assert session is not None
-    assert not desk.service.link_is_good(link)
     assert desk.service.use_link(link) is None
     assert desk.service.check_session(session)
     assert not desk.service.check_session(link)
@@ -615,3 +613,31 @@ def test_the_server_reports_itself(desk: Desk) -> None:
     assert report["jobs"] == {}
     assert report["database_bytes"] > 0
     json.dumps(report)
+
+
+@pytest.mark.parametrize(
+    ("rules", "schedule", "is_taken"),
+    [
+        ([], [("epoch", 1, "freeze", "**")], False),
+        ([], [("epoch", 1, "freeze", "**"), ("epoch", 1, "unfreeze", "head")], True),
+        ([("freeze", "**")], [("step", 0, "unfreeze", "head")], True),
+        ([("freeze", "**")], [("step", 1, "unfreeze", "head")], False),
+        ([], [("step", 1, "freeze", "{")], False),
+    ],
+)
+def test_a_schedule_that_leaves_nothing_to_train_is_refused(
+    desk: Desk, rules: list[Any], schedule: list[Any], is_taken: bool
+) -> None:
+    config = {
+        "rules": [{"action": action, "match": match} for action, match in rules],
+        "schedule": [
+            {"at": {unit: count}, "action": action, "match": match}
+            for unit, count, action, match in schedule
+        ],
+    }
+    document = {"model_id": 1, "config": config, "dataset": {"uri": "demo:digits"}}
+    if is_taken:
+        assert desk.service.launch_job(document)["state"] == "queued"
+    else:
+        with pytest.raises(InvalidDocument):
+            desk.service.launch_job(document)

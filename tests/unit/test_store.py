@@ -1,6 +1,7 @@
 """The database: its schema, its one writer, its signal at changes, and the lock beside it."""
 
 import asyncio
+import fcntl
 import sqlite3
 import threading
 from collections.abc import Iterator
@@ -139,3 +140,17 @@ def test_logs_of_all_attempts_are_one_text(tmp_path: Path) -> None:
     assert files.read_logs(tmp_path, after=5, limit=4) == b"wo\nt"
     assert files.read_logs(tmp_path, after=99) == b""
     assert files.log_size(tmp_path) == 12
+
+
+def test_a_look_at_the_lock_is_in_nobodys_way(tmp_path: Path) -> None:
+    with hold_data_folder(tmp_path, "http://127.0.0.1:1"):
+        pass
+    path = tmp_path / "writer.lock"
+    assert path.read_text() == ""
+    look = path.open()
+    fcntl.flock(look, fcntl.LOCK_SH)
+    timer = threading.Timer(0.2, look.close)
+    timer.start()
+    with hold_data_folder(tmp_path, "http://127.0.0.1:2"):
+        assert read_holder(tmp_path) is not None
+    timer.join()

@@ -118,6 +118,8 @@ def test_an_ended_attempt_brings_its_job_to_the_state_that_follows(
         path = {"starting": (), "running": ("running",), "paused": ("running", "paused")}
         for step in path.get(state, (state,)):
             assert jobs.move_job(session, row, step)
+        if outcome == "released":
+            jobs.wish_for(session, row, "release")
         jobs.end_attempt(session, row, attempt, outcome)
         return row.state
 

@@ -315,13 +315,54 @@ def test_a_stop_is_patient_with_a_checkpoint(house: House, deaf_worker: Any) -> 
     spool.append("metrics", loss(1))
     spool.close()
     house.tick()
-    (house.directory().parent.parent / "checkpoints" / ".step-000000001.tmp").mkdir(parents=True)
+    draft = house.directory().parent.parent / "checkpoints" / ".step-000000001.tmp"
+    draft.mkdir(parents=True)
     house.service.stop_job(1)
-    house.tick()
-    house.tick(CHECKPOINT_SECONDS - 1)
+    for _ in range(3):
+        with (draft / "model.safetensors").open("ab") as file:
+            file.write(b"more")
+        for _ in range(int(CHECKPOINT_SECONDS) - 2):
+            house.tick(1)
     assert worker.poll() is None
-    house.tick(1.1)
-    assert worker.wait() == -signal.SIGKILL
+    for _ in range(4):
+        house.tick(1)
+    assert worker.wait(timeout=10) == -signal.SIGKILL
+    job_folder.write_exit(house.directory(), code=None, signal_number=9)
+    house.tick()
+    assert house.job()["state"] == "stopped"
+    assert house.job()["error"]["reason"] == "killed"
+    assert "SIGKILL after step 1" in house.job()["error"]["message"]
+    assert "no checkpoint at all" in house.job()["error"]["message"]
+
+
+def test_what_breaks_while_a_job_is_stopped_is_told(house: House) -> None:
+    house.tick()
+    house.launch()
+    house.tick()
+    house.play_start().close()
+    house.tick()
+    house.service.stop_job(1)
+    job_folder.write_result(
+        house.directory(), "stopped", 3, reason="disk_full", message="No space left."
+    )
+    house.play_end()
+    house.tick()
+    assert house.job()["state"] == "stopped"
+    assert house.job()["error"] == {"reason": "disk_full", "message": "No space left."}
+
+
+def test_a_resume_while_a_release_is_under_way_goes_on(house: House) -> None:
+    house.tick()
+    house.launch()
+    house.tick()
+    house.play_start().close()
+    house.tick()
+    house.service.pause_job(1, "release")
+    house.service.resume_job(1)
+    job_folder.write_result(house.directory(), "released", 3)
+    house.play_end()
+    house.tick()
+    assert (house.job()["state"], house.job()["attempt"]) == ("starting", 2)
 
 
 def test_a_worker_without_progress_is_stalled(tmp_path: Path, deaf_worker: Any) -> None:
@@ -416,6 +457,8 @@ def test_an_attempt_goes_on_from_the_newest_checkpoint(house: House) -> None:
     house.launch()
     house.tick()
     house.play_start().close()
+    house.tick()
+    house.service.pause_job(1, "release")
     for step in (5, 10):
         checkpoint_path(house.directory().parents[1] / "checkpoints", step).mkdir(parents=True)
     job_folder.write_result(house.directory(), "released", 10)

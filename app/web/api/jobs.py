@@ -87,8 +87,6 @@ def pause_job(service: Verbs, job_id: Id, body: OptionalBody) -> Answer:
     mode = body.get("mode", "hold")
     if unknown:
         raise InvalidDocument([(unknown[0], "A pause takes 'mode' alone.")])
-    if mode not in ("hold", "release"):
-        raise InvalidDocument([("mode", "'mode' must be 'hold' or 'release'.")])
     return Answer(service.pause_job(job_id, mode), 202)
 
 

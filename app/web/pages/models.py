@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 from urllib.parse import urlencode
 
-from fastapi import APIRouter, Depends, Request, Response, UploadFile
+from fastapi import APIRouter, Depends, HTTPException, Request, Response, UploadFile
 from fastapi.responses import HTMLResponse
 from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import FormData
@@ -17,6 +17,7 @@ from app.freezing.errors import InvalidDocument
 from app.freezing.export import config_as_python
 from app.service import Conflict, Service
 from app.sources.demo import DEMO_MODELS
+from app.web.api.body import parse_json
 from app.web.guard import signed_in
 from app.web.pages import tree, workbench
 from app.web.pages.jobs import view_jobs
@@ -109,13 +110,9 @@ def _model_spec(values: Mapping[str, str]) -> Document:
 def read_json(field: str, text: str) -> Any:
     """JSON that somebody typed or uploaded. Raises InvalidDocument with the place of the fault."""
     try:
-        return json.loads(text, parse_constant=_refuse_constant)
-    except (ValueError, RecursionError) as error:
-        raise InvalidDocument([(field, f"This is not JSON: {error}.")]) from None
-
-
-def _refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} is not a JSON number")
+        return parse_json(text.encode(errors="surrogatepass"))
+    except HTTPException as error:
+        raise InvalidDocument([(field, str(error.detail))]) from None
 
 
 @router.post("/models/{model_id}/delete")
