@@ -9,7 +9,7 @@ const islands = {
 };
 
 // What somebody opened or ticked stays so when the server sends that part again.
-Idiomorph.defaults.callbacks.beforeAttributeUpdated = (name) => !["open", "checked", "data-started"].includes(name);
+Idiomorph.defaults.callbacks.beforeAttributeUpdated = (name) => !["open", "checked", "data-started", "data-ready"].includes(name);
 
 const format = new Intl.DateTimeFormat(undefined, { dateStyle: "medium", timeStyle: "short" });
 
@@ -19,7 +19,10 @@ function start(within) {
   for (const [selector, load] of Object.entries(islands)) {
     for (const element of within.querySelectorAll(`${selector}:not([data-started])`)) {
       element.dataset.started = "";
-      load().then((begin) => begin(element));
+      load().then((begin) => {
+        begin(element);
+        element.dataset.ready = "";
+      });
     }
   }
 }

@@ -21,7 +21,7 @@ def box(page: Page, path: str) -> Locator:
 
 def open_demo(page: Page, query: str = "") -> None:
     page.goto(f"/models/1{query}")
-    expect(page.locator("#workbench[data-started]")).to_be_visible()
+    expect(page.locator("#workbench[data-ready]")).to_be_visible()
     expect(page.get_by_role("treegrid")).to_be_visible()
 
 

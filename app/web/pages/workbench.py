@@ -379,7 +379,7 @@ def form_fields(choice: Choice, faults: Sequence[Fault]) -> tuple[list[Field], l
         "train.dataset",
         "dataset",
         choice.training.get("dataset", ""),
-        placeholder="demo:digits or python:package.module:factory",
+        placeholder="demo:digits, csv:PATH, folder:PATH or python:package.module:factory",
         suggestions=[(f"demo:{name}", words) for name, words in DEMO_DATASETS.items()],
         fault=wrong.get("dataset.uri", wrong.get("dataset", "")),
     )
