@@ -21,6 +21,8 @@ function follow(address, handlers) {
   const open = () => {
     if (source || document.hidden) return;
     source = new EventSource(address);
+    // What happened between the page and the stream, or while the connection was lost.
+    source.addEventListener("open", () => handlers.resume());
     for (const [name, handler] of Object.entries(handlers)) source.addEventListener(name, handler);
     // The stream of a finished job ends by itself: ask once more, and do not knock again.
     source.onerror = () => {

@@ -183,7 +183,7 @@ def test_a_job_runs_grows_its_chart_and_is_proved(page: Page) -> None:
 
 def test_a_running_job_is_stopped_with_a_checkpoint(page: Page) -> None:
     open_demo(page)
-    start_job(page, "stopped by hand", epochs=5000)
+    start_job(page, "ended by hand", epochs=5000)
     expect(page.locator("#status")).to_have_attribute("data-state", "running")
     gauge = page.locator(".gauge.wide b")
     expect(gauge).not_to_have_text(re.compile(r"^0\b"))
@@ -192,9 +192,9 @@ def test_a_running_job_is_stopped_with_a_checkpoint(page: Page) -> None:
     expect(page.locator(".heat-foot output")).to_have_text(re.compile(r"\d+ layers"))
     photograph(page, "running-job")
     page.goto("/jobs")
-    listed = page.locator("tr", has_text="stopped by hand")
+    listed = page.locator("tr", has_text="ended by hand")
     expect(listed).to_contain_text("running")
-    listed.get_by_role("button", name="Stop stopped by hand").click()
+    listed.get_by_role("button", name="Stop ended by hand").click()
     expect(listed).to_contain_text("stopped")
     listed.get_by_role("link").first.click()
     expect(page.get_by_role("link", name=re.compile("Download the checkpoint"))).not_to_have_count(
