@@ -533,6 +533,8 @@ def _follow(server: Server, job_id: int) -> Document:
         TextColumn("{task.fields[numbers]}"),
     )
     previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    # Also where a shell started this in the background, which leaves Ctrl-C ignored.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     asked = False
     try:
         with Progress(*columns, console=Console(stderr=True)) as progress:
