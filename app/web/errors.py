@@ -13,8 +13,8 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
-from app.documents import Conflict, NotFound
 from app.freezing.errors import InvalidDocument
+from app.service.documents import Conflict, NotFound
 from app.web import render, views
 
 Fault = tuple[str, str]

@@ -13,8 +13,8 @@ from app.freezing.errors import InvalidDocument
 from app.freezing.graph import ModelGraph, Module, Parameter
 from app.jobs import folder as job_folder
 from app.jobs.folder import Record
-from app.news import STEPS_A_CALL
 from app.service import Conflict, NotFound, Service
+from app.service.news import STEPS_A_CALL
 from app.settings import Settings
 from app.store import jobs, samples
 from app.store.db import Database

@@ -9,7 +9,7 @@ from typing import Any
 
 from sqlmodel import Session
 
-from app.documents import Document, job_documents
+from app.service.documents import Document, job_documents
 from app.store import files, jobs, samples
 from app.store.tables import Job, Proof
 

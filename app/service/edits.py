@@ -4,7 +4,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from app.documents import Conflict, Document, check_members, impossible
 from app.freezing.config import (
     Change,
     FreezeConfig,
@@ -17,6 +16,7 @@ from app.freezing.config import (
 )
 from app.freezing.errors import InvalidDocument
 from app.freezing.graph import ModelGraph
+from app.service.documents import Conflict, Document, check_members, impossible
 from app.store.tables import Attempt, Job
 
 OPTIMIZER_STATES = ("fresh", "keep")

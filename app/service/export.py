@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from itertools import islice
 from typing import Any
 
-from app.documents import Document
+from app.service.documents import Document
 from app.store import samples
 from app.store.db import Database
 

@@ -1,0 +1,120 @@
+"""What people give a verb: models, datasets and freeze configs as options and files."""
+
+import json
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from app.client import Failure, Server
+
+# What takes long to import is imported where it is used: `frostline --help` answers at once.
+if TYPE_CHECKING:
+    pass
+
+
+Document = dict[str, Any]
+
+ENDED = ("succeeded", "stopped", "failed", "interrupted")
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON on standard output.")]
+ConfigFile = Annotated[Path | None, typer.Option("--config", help="A freeze config (JSON).")]
+Freeze = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--freeze", metavar="GLOB", help="Freeze what matches: a glob, re:…, has:… or type=CLASS."
+    ),
+]
+Unfreeze = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--unfreeze",
+        metavar="GLOB",
+        help="Train what matches; of several options the last one decides.",
+    ),
+]
+ModelArgument = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL", help="A URI (demo:digits), a model's number, or a model spec as JSON."
+    ),
+]
+DatasetArgument = Annotated[
+    str, typer.Argument(metavar="DATASET", help="A URI, or a dataset spec as JSON.")
+]
+JobArgument = Annotated[int, typer.Argument(metavar="JOB", min=1, help="The job's number.")]
+
+
+def read_config(
+    file: Path | None, order: list[str], freeze: list[str] | None, unfreeze: list[str] | None
+) -> Document:
+    """The config of a file; the rules of the options come after its own, in the order given."""
+    document = read_json_file(file) if file else {}
+    globs = {"freeze": iter(freeze or ()), "unfreeze": iter(unfreeze or ())}
+    rules = [_read_rule(action, next(globs[action])) for action in order]
+    if not rules:
+        return document
+    # The lists say what the file's rules alone gave; with further rules they would contradict.
+    without = {key: value for key, value in document.items() if key not in ("frozen", "trainable")}
+    return {**without, "rules": [*document.get("rules", []), *rules]}
+
+
+def _read_rule(action: str, text: str) -> Document:
+    """A glob, ``re:…`` or ``has:…``; ``type=LayerNorm`` names a class instead."""
+    key, _, type_ = text.partition("=")
+    return {"action": action, "type": type_} if key == "type" else {"action": action, "match": text}
+
+
+def read_json_file(file: Path) -> Document:
+    try:
+        document = json.loads(file.read_text("utf-8"))
+    except OSError as error:
+        raise Failure(f"Cannot read {file}: {error.strerror}.") from error
+    except ValueError as error:
+        raise Failure(f"{file} is not JSON: {error}.") from error
+    if not isinstance(document, dict):
+        raise Failure(f"{file} must hold a JSON object.")
+    return document
+
+
+def read_spec(text: str) -> Document:
+    """A URI, or a whole spec as a JSON object."""
+    if not text.lstrip().startswith("{"):
+        return {"uri": text}
+    try:
+        document: Document = json.loads(text)
+    except ValueError as error:
+        raise typer.BadParameter(f"{text!r} is not a JSON object: {error}.") from error
+    return document
+
+
+def find_model(server: Server, text: str) -> Document:
+    """The model of that number, else one newly added, when its inspection is done.
+
+    Raises:
+        Failure: when it cannot be inspected.
+    """
+    if text.isdecimal():
+        model = server.call("GET", f"/api/models/{text}")
+    else:
+        spec = read_spec(text)
+        known = server.call("GET", "/api/models", limit=1000)
+        alike = (one for one in known if one["state"] == "ready" and _is_same(one["spec"], spec))
+        model = next(alike, None) or server.call("POST", "/api/models", spec)
+    path = f"/api/models/{model['id']}"
+    while (model := server.call("GET", path))["state"] == "inspecting":
+        time.sleep(0.1)  # over HTTP there is nothing to wait on: only jobs have events
+    if model["state"] == "failed":
+        raise Failure(f"{text} cannot be used: {model['error']['message']}")
+    return model
+
+
+def _is_same(known: Document, spec: Document) -> bool:
+    """Whether an inspection need not be repeated: a plain name, not code or files that change."""
+    uri = str(spec.get("uri"))
+    is_name = len(spec) == 1 and not uri.startswith(("python:", "hf:/", "hf:."))
+    return is_name and known == {**dict.fromkeys(known), **DEFAULT_SPEC, "uri": uri}
+
+
+DEFAULT_SPEC = {"random_init": False, "allow_pickle": False, "kwargs": {}}

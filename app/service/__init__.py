@@ -1,0 +1,18 @@
+"""Everything a user can do, one verb each; it knows no HTTP, no SQL and no torch."""
+
+from app.service.documents import Conflict, Document, NotFound
+from app.service.ground import RunnerStatus
+from app.service.records import Records
+from app.service.system import System
+
+__all__ = ["Conflict", "Document", "NotFound", "RunnerStatus", "Service"]
+
+
+class Service(Records, System):
+    """The verbs: synchronous, and callable from any thread.
+
+    They take and give JSON-ready documents in the contract's shapes; a number that is not finite is
+    the string "NaN", "Infinity" or "-Infinity".
+
+    Raises (all verbs): InvalidDocument, NotFound, Conflict.
+    """

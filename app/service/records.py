@@ -1,0 +1,170 @@
+"""Verbs that read what a job left: samples, proof, checkpoints, log, news."""
+
+import re
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+
+from sqlmodel import Session
+
+from app.freezing.errors import InvalidDocument
+from app.freezing.globs import compile_match
+from app.jobs import folder as job_folder
+from app.service.documents import (
+    NO_PROOF,
+    Document,
+    NotFound,
+    find_row,
+    iso,
+)
+from app.service.export import export_csv, export_json
+from app.service.jobs import Jobs
+from app.service.news import Event, Place, find_end, read_all_news, read_job_news
+from app.store import files, jobs, samples
+from app.store.tables import Job, Proof
+from app.training.places import checkpoint_path, checkpoint_steps
+
+
+class Records(Jobs):
+    """Verbs that read what a job left."""
+
+    def read_metrics(
+        self,
+        job_id: int,
+        name: str | None = None,
+        points: int | None = None,
+        from_: int | None = None,
+        to: int | None = None,
+    ) -> Document:
+        with self._db.read() as session:
+            find_row(session, Job, job_id)
+            return dict(samples.read_series(session, job_id, name, points, from_, to))
+
+    def read_layers(
+        self,
+        job_id: int,
+        stat: str = "grad_norm",
+        points: int | None = None,
+        from_: int | None = None,
+        to: int | None = None,
+        match: str | None = None,
+        reduce: str = "max",
+    ) -> Document:
+        if stat not in samples.STATS:
+            choices = ", ".join(samples.STATS)
+            raise InvalidDocument([("stat", f"{stat!r} is not a measure; {choices} are.")])
+        if reduce not in samples.REDUCTIONS:
+            raise InvalidDocument([("reduce", f"{reduce!r} may be 'max', 'min' or 'last'.")])
+        try:
+            is_wanted = compile_match(match) if match else lambda _: True
+        except ValueError as error:
+            raise InvalidDocument([("match", str(error))]) from error
+        with self._db.read() as session:
+            find_row(session, Job, job_id)
+            layers = samples.read_layers(session, job_id)
+            positions = [index for index, path in enumerate(layers) if is_wanted(path)]
+            steps, values = samples.read_matrix(
+                session, job_id, stat, positions, points, from_, to, reduce
+            )
+        return {"layers": [layers[i] for i in positions], "steps": steps, "values": values}
+
+    def read_proof(self, job_id: int) -> Document:
+        with self._db.read() as session:
+            find_row(session, Job, job_id)
+            proof = session.get(Proof, job_id)
+            return NO_PROOF if proof is None else proof.document
+
+    def read_job_config(self, job_id: int) -> Document:
+        with self._db.read() as session:
+            return find_row(session, Job, job_id).config
+
+    def list_checkpoints(self, job_id: int) -> list[Document]:
+        """Complete checkpoints, oldest first.
+
+        The disk is asked, not the database: a checkpoint gets its name by one rename, so that what
+        is there is complete, whatever happened to the process that wrote it.
+        """
+        self.get_job(job_id)
+        found = []
+        checkpoints = job_folder.checkpoints_folder(self._folder(job_id))
+        for step in checkpoint_steps(checkpoints):
+            path = checkpoint_path(checkpoints, step)
+            try:
+                size = sum(file.stat().st_size for file in path.iterdir())
+                written = datetime.fromtimestamp(path.stat().st_mtime, UTC)
+            except FileNotFoundError:
+                continue  # the worker keeps the last few, and has just removed this one
+            found.append({"step": step, "bytes": size, "created_at": iso(written)})
+        return found
+
+    def checkpoint_file(self, job_id: int, step: int) -> Path:
+        """The model's tensors after `step` steps, as a safetensors file."""
+        self.get_job(job_id)
+        checkpoints = job_folder.checkpoints_folder(self._folder(job_id))
+        path = checkpoint_path(checkpoints, step) / "model.safetensors"
+        if not path.is_file():
+            raise NotFound(f"Job {job_id} has no checkpoint of step {step}.")
+        return path
+
+    def delete_checkpoint(self, job_id: int, step: int) -> None:
+        path = self.checkpoint_file(job_id, step).parent
+
+        def check(session: Session) -> None:
+            self._idle_job(session, job_id, "rid of a checkpoint")
+            files.remove_folder(path)  # inside the transaction: no resume begins meanwhile
+
+        self._db.write(check)
+
+    def read_log(self, job_id: int, after: int = 0) -> str:
+        """What the job's attempts printed, one after the other, from that byte on."""
+        self.get_job(job_id)
+        return files.read_logs(self._folder(job_id), after).decode(errors="replace")
+
+    def export_job(self, job_id: int, format: str = "csv") -> tuple[str, str, Iterator[bytes]]:  # noqa: A002
+        """(filename, media type, pieces) of all samples, one a row: step, layer, name, value."""
+        document = self.get_job(job_id)
+        if format == "csv":
+            return f"job-{job_id}.csv", "text/csv", export_csv(self._db, job_id)
+        if format == "json":
+            pieces = export_json(self._db, job_id, document)
+            return f"job-{job_id}.json", "application/json", pieces
+        raise InvalidDocument(
+            [("format", f"{format!r} is not a format of this version; 'csv' and 'json' are.")]
+        )
+
+    @property
+    def version(self) -> int:
+        """Changes whenever anything was stored."""
+        return self._db.version
+
+    async def wait_for_change(self, last: int, timeout: float) -> int:
+        """Wait until the version differs from `last`, `timeout` seconds at most; the version."""
+        return await self._db.async_wait(last, timeout)
+
+    def news(self, job_id: int | None, cursor: str | None) -> tuple[list[Event], str, bool]:
+        """What happened since the cursor.
+
+        Args:
+            job_id: None for the states of all jobs.
+            cursor: None (or one that is unreadable) for the beginning, of layers at most the last
+                1,000 steps; "now" for nothing of what there is. Long news come in portions.
+
+        Returns:
+            Events, each (name, data, the cursor behind it); the cursor to go on from; and whether
+            the job has ended and all is told.
+        """
+        with self._db.read() as session:
+            if job_id is None:
+                if cursor == "now":
+                    return [], str(jobs.last_version(session)), False
+                is_known = cursor is not None and re.fullmatch(r"[0-9]{1,18}", cursor)
+                since = cursor if cursor is not None and is_known else "0"
+                events = read_all_news(session, int(since))
+                return events, events[-1][2] if events else since, False
+            job, folder = find_row(session, Job, job_id), self._folder(job_id)
+            if cursor == "now":
+                return [], str(find_end(session, job, folder)), job.state in jobs.ENDED
+            events = list(read_job_news(session, job, folder, Place.read(cursor)))
+            after = Place.read(events[-1][2] if events else cursor)
+            is_told = after.attempt == job.attempt and after.version == job.version
+            return events, str(after), is_told and job.state in jobs.ENDED
