@@ -160,6 +160,10 @@ def shorten_config(document: Document) -> Document:
     return {**members(document, drop=("frozen", "trainable")), **counts}
 
 
+def _percent(part_ms: float | None, whole_ms: float | None) -> float | None:
+    return round(100 * part_ms / whole_ms, 2) if part_ms is not None and whole_ms else None
+
+
 def job_document(session: Session, job: Job) -> Document:
     return job_documents(session, [job])[0]
 
@@ -188,6 +192,7 @@ def _describe_job(job: Job, pid: int | None) -> Document:
         "epoch": job.epoch,
         "eta_seconds": eta,
         "step_ms": job.step_ms,
+        "measure_percent": _percent(job.measure_ms, job.step_ms),
         "error": error_document(job),
         "worker_pid": pid,
         "attempt": job.attempt,

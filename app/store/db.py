@@ -13,6 +13,8 @@ from typing import Any, TypeVar
 from sqlalchemy import Engine, create_engine, event
 from sqlmodel import Session
 
+from app.store import rollups
+
 T = TypeVar("T")
 
 MIGRATIONS = Path(__file__).parent / "migrations"
@@ -161,6 +163,8 @@ def upgrade_schema(path: Path, schema: str = "head") -> None:
     with engine.begin() as connection:
         config.attributes["connection"] = connection
         command.upgrade(config, schema)
+        if current is not None and schema == "head":
+            rollups.rebuild(connection)
     engine.dispose()
 
 
