@@ -19,6 +19,7 @@ import threading
 import traceback
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -168,16 +169,22 @@ def _run(
         document = {**graph.to_document(), "weights_digest": digest}
         job_folder.write_document(directory / "graph.json", document)
         return "succeeded", 0
+    if is_preview:
+        from app.sources.preview import preview_dataset
+
+        preview_dataset(
+            data_spec,
+            code_dirs=code_dirs,
+            seed=recipe.seed,
+            intake=built.intake,
+            keep=partial(job_folder.write_document, directory / job_folder.FOUND),
+        )
+        return "succeeded", 0
 
     from app.sources.datasets import build_data
     from app.training import loop
 
     data = build_data(data_spec, code_dirs=code_dirs, seed=recipe.seed, intake=built.intake)
-    if is_preview:
-        from app.sources.preview import preview_data
-
-        job_folder.write_document(directory / "preview.json", preview_data(data))
-        return "succeeded", 0
     device = facts["device"]
     if device == "auto":  # started by hand: nobody has chosen one
         device = "cuda:0" if torch.cuda.is_available() else "cpu"
