@@ -262,7 +262,7 @@ class Keeper:
             command.append("--no-preload")
         environment = allowed_environment(os.environ)
         environment["PYTHONPATH"] = str(Path(app.__file__).parents[1])
-        self._data_dir.mkdir(parents=True, exist_ok=True)
+        self._data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
         with (self._data_dir / "warm.log").open("wb") as log:
             try:
                 subprocess.run(  # noqa: S603 (our own interpreter, our own module)

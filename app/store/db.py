@@ -153,7 +153,7 @@ def upgrade_schema(path: Path) -> None:
     config = Config()
     config.set_main_option("script_location", str(MIGRATIONS).replace("%", "%%"))
     config.set_main_option("path_separator", "os")
-    path.parent.mkdir(parents=True, exist_ok=True)
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     engine = _open_engine(path, "BEGIN IMMEDIATE")
     with engine.begin() as connection:
         config.attributes["connection"] = connection
