@@ -415,6 +415,10 @@ def _classify(error: BaseException) -> str:
             return reason
     if isinstance(error, ImportError):
         return "import_error"
+    if type(error).__name__ == "InvalidDocument" and all(
+        field.partition(".")[0] == "dataset" for field, _ in getattr(error, "errors", ())
+    ):
+        return "data_error"
     reason = getattr(error, "reason", None)
     return (
         reason if reason in job_folder.REASONS else _REASONS.get(type(error).__name__, "user_code")

@@ -209,7 +209,7 @@ def _build_rows(spec: DatasetSpec, seed: int, intake: Intake | None, rows: Rows)
     )
     by_class = [ids[value] for value in labels] if "label" in columns else None
     data = _hold_out(data, spec, seed, by_class)
-    run_user_code(lambda: data.train[0], f"The first row of {spec.uri}")
+    run_user_code(lambda: data.train[0], f"The first row of {spec.uri}", "data_error")
     return data
 
 
