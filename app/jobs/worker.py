@@ -204,7 +204,7 @@ def _run(
 
 def _digest_weights(model: Any) -> str | None:
     """SHA-256 of what a checkpoint would hold, by name; None where weights are not there yet."""
-    from app.freezing.proof import digest_tensor
+    from app.freezing.digest import digest_tensor
     from app.sources.hub import is_weightless
     from app.training.checkpoint import model_tensors
 
