@@ -10,8 +10,8 @@ from fastapi import FastAPI
 from fastapi.staticfiles import StaticFiles
 
 from app import __version__
+from app.jobs.keeper import Keeper
 from app.jobs.runner import Runner
-from app.jobs.warm import Keeper
 from app.service import Service
 from app.settings import Settings, read_token
 from app.store.db import Database
