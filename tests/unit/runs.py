@@ -34,6 +34,10 @@ class Told:
     def of(self, kind: str) -> list[dict[str, Any]]:
         return [payload for k, payload in self.events if k == kind]
 
+    def last_proof(self) -> dict[str, Any]:
+        """The newest check, without what it cost, which the clock decides."""
+        return {key: value for key, value in self.of("proof")[-1].items() if key != "cost"}
+
     def metrics(self) -> dict[tuple[int, str], float]:
         return {
             (payload["step"], name): value
