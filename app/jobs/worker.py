@@ -17,6 +17,7 @@ import threading
 import traceback
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -24,7 +25,8 @@ from typing import Any
 from app.freezing.errors import InvalidDocument
 from app.jobs import BRIEF_SPIN
 from app.jobs import folder as job_folder
-from app.jobs.folder import SpoolWriter, Wish, WishReader
+from app.jobs.folder import Wish, WishReader
+from app.jobs.spool import SpoolWriter
 from app.training.places import checkpoint_path, checkpoint_steps
 
 LOG_BYTES = 10 * 2**20
@@ -106,6 +108,7 @@ def _choose_attempt(folder: Path, number: int | None) -> Path:
         return newest
     if newest and job_folder.is_held(newest):
         raise job_folder.AttemptTaken(f"{newest} is running; stop it, or wait for its end.")
+    job_folder.tidy_checkpoints(folder)  # it may put back the newest one
     steps = checkpoint_steps(job_folder.checkpoints_folder(folder))
     return job_folder.prepare_attempt(
         folder,
@@ -166,16 +169,22 @@ def _run(
         document = {**graph.to_document(), "weights_digest": digest}
         job_folder.write_document(directory / "graph.json", document)
         return "succeeded", 0
+    if is_preview:
+        from app.sources.preview import preview_dataset
+
+        preview_dataset(
+            data_spec,
+            code_dirs=code_dirs,
+            seed=recipe.seed,
+            intake=built.intake,
+            keep=partial(job_folder.write_document, directory / job_folder.FOUND),
+        )
+        return "succeeded", 0
 
     from app.sources.datasets import build_data
     from app.training import loop
 
     data = build_data(data_spec, code_dirs=code_dirs, seed=recipe.seed, intake=built.intake)
-    if is_preview:
-        from app.sources.preview import preview_data
-
-        job_folder.write_document(directory / "preview.json", preview_data(data))
-        return "succeeded", 0
     device = facts["device"]
     if device == "auto":  # started by hand: nobody has chosen one
         device = "cuda:0" if torch.cuda.is_available() else "cpu"
@@ -401,6 +410,10 @@ def _classify(error: BaseException) -> str:
             return reason
     if isinstance(error, ImportError):
         return "import_error"
+    if type(error).__name__ == "InvalidDocument" and all(
+        field.partition(".")[0] == "dataset" for field, _ in getattr(error, "errors", ())
+    ):
+        return "data_error"
     reason = getattr(error, "reason", None)
     return (
         reason if reason in job_folder.REASONS else _REASONS.get(type(error).__name__, "user_code")

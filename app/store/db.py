@@ -125,8 +125,11 @@ def _open_engine(path: Path, begin: str, *pragmas: str) -> Engine:
     return engine
 
 
-def upgrade_schema(path: Path) -> None:
+def upgrade_schema(path: Path, schema: str = "head") -> None:
     """Bring the file to this version's schema, keeping a copy of an older one beside it.
+
+    Args:
+        schema: one before this version's, for whoever needs an old file.
 
     Raises:
         DatabaseFromTheFuture: its schema is one that this version does not know.
@@ -157,7 +160,7 @@ def upgrade_schema(path: Path) -> None:
     engine = _open_engine(path, "BEGIN IMMEDIATE")
     with engine.begin() as connection:
         config.attributes["connection"] = connection
-        command.upgrade(config, "head")
+        command.upgrade(config, schema)
     engine.dispose()
 
 

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from app.freezing.proof import digest_tensor
+from app.freezing.digest import digest_tensor
 from app.freezing.trace import read_model
 from app.training.places import checkpoint_path
 
