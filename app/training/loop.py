@@ -81,7 +81,7 @@ def train(
     Args:
         device: as this process sees it, ``cpu`` or ``cuda:N``.
         checkpoints: the folder that gets ``step-NNNNNNNNN`` folders.
-        emit: called with (kind, payload) for every start, state, metrics, layers, proof, usage,
+        emit: called with (kind, payload) for every start, state, metrics, layers, proof,
             checkpoint, freeze, and line for the log.
         wishes: asked before every step; must be cheap.
         resume_from: a checkpoint of the same model to go on from.
@@ -393,8 +393,8 @@ class _Run:
         self.proofs, self.proof_s = self.proofs + 1, self.proof_s + check_s
         share = self.proof_s / (self.last_step_at - self.began_at)
         cost = {"check_ms": check_s * 1e3, "checks": self.proofs, "share": share}
-        self.emit("proof", {**document, "step": self.step, "cost": cost})
-        self.emit("usage", {"step": self.step, "peak_bytes": peak_bytes(self.device)})
+        clocked = {"cost": cost, "peak_bytes": peak_bytes(self.device)}
+        self.emit("proof", {**document, "step": self.step, **clocked})
         self._say(f"Step {self.step}: the verdict of the proof is {document['verdict']!r}.")
         self.proved = self._standing()
         self.ever_trained |= {item["name"] for item in document["frozen"]["changed"]}
