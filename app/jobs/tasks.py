@@ -69,16 +69,14 @@ class Tasks:
         self.watches.pop(directory, None)
         if task.state == "stopping":
             self._db.write(lambda s: _end(s, task, "stopped", Ending("stopped")))
+            files.remove_folder(folder)
         elif result is not None and result["outcome"] == "succeeded":
             self._keep(task, directory)
         elif result is None and ended is None and (is_open or not directory.is_dir()):
             self._db.write(lambda s: _queue_again(s, task))  # a crash before the start
-            return
         else:
             ending = judge(result, ended, has_stalled=watch.has_stalled)
             self._db.write(lambda s: _end(s, task, "failed", ending))
-        if task.kind == "inspect":
-            files.remove_folder(folder)
 
     def _watch(self, task: Task, directory: Path, watch: Watch, now: float) -> None:
         if watch.is_due(now):
@@ -99,6 +97,8 @@ class Tasks:
         except (ValueError, KeyError, TypeError) as error:
             unread = Ending("failed", "lost", f"What the inspection found cannot be read: {error}")
             self._db.write(lambda s: _end(s, task, "failed", unread))
+            return
+        files.remove_folder(self._folder(task))
 
     def _keep_graph(self, task: Task, directory: Path) -> None:
         """Keep what an inspection found, and say so in the model's row."""

@@ -28,6 +28,7 @@ JOB_NUMBERS = {"priority": (-1000, 1000), "restarts_left": (0, jobs.RESTARTS)}
 NO_PROOF: Document = {
     "verdict": "pending",
     "frozen": {"checked": 0, "identical": 0, "changed": []},
+    "gradients": {"checked": 0, "present": []},
     "trained": {"checked": 0, "moved": 0, "still": []},
     "buffers": {"checked": 0, "identical": 0, "changed": [], "allowed": []},
 }
