@@ -14,6 +14,7 @@ import random
 import signal
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Mapping
 from dataclasses import replace
@@ -30,6 +31,7 @@ from app.jobs.spool import SpoolWriter
 from app.training.places import checkpoint_path, checkpoint_steps
 
 LOG_BYTES = 10 * 2**20
+SIGN_SECONDS = 1.0  # between two signs of life of the loop
 TRACEBACK_BYTES = 64 * 2**10
 MESSAGE_CHARACTERS = 1000
 SMALL_MODEL_BYTES = 2 * 2**30
@@ -270,11 +272,19 @@ class Wishes:
 
     def __init__(self, directory: Path) -> None:
         self._read = WishReader(directory)
+        self._sign_of_life = directory / "attempt.json"
+        self._shown_at = time.monotonic()
         self._loading = True
         self._signalled = False
 
     def __call__(self) -> Wish:
         wish = self._read()
+        now = time.monotonic()
+        if now - self._shown_at >= SIGN_SECONDS:
+            # The loop asks between two steps, and between two batches of an evaluation, which
+            # reports nothing for long: whoever asks has not hung.
+            self._shown_at = now
+            os.utime(self._sign_of_life)
         if self._signalled and wish.state != "release":
             return replace(wish, state="stop")
         return wish
