@@ -80,6 +80,7 @@ class Job(SQLModel, table=True):
         place: the version with which it was queued: grows with time, whatever the clock does.
         restarts_left: how often it may still be queued again without anybody asking.
         is_restarting: it was cut short, and is queued again as soon as that makes sense.
+        waiting_for: what it waits for, in words; None where it does not.
     """
 
     __tablename__ = "job"
@@ -114,6 +115,7 @@ class Job(SQLModel, table=True):
     place: int = 0
     restarts_left: int = 3
     is_restarting: bool = False
+    waiting_for: str | None = None
     queued_at: str = Field(default_factory=utc_now)
     created_at: str = Field(default_factory=utc_now)
     started_at: str | None = None
@@ -147,6 +149,8 @@ class Attempt(SQLModel, table=True):
     started_at: str = Field(default_factory=utc_now)
     ended_at: str | None = None
     outcome: str | None = None
+    reason: str | None = None
+    message: str | None = None
     peak_bytes: int | None = None
     peak_device_bytes: int | None = None
 
