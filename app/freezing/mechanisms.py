@@ -45,8 +45,8 @@ class Setting:
         names = {"sgd": "SGD", "adam": "Adam", "adamw": "AdamW"}
         parts = [f"momentum {self.momentum:g}"] if self.momentum else []
         parts += [f"weight decay {self.weight_decay:g}"] if self.weight_decay else []
-        parts += [f"clipped at {self.max_grad_norm:g}"] if self.max_grad_norm is not None else []
-        return names[self.optimizer] + (f" with {', '.join(parts)}" if parts else "")
+        clipped = f", clipped at {self.max_grad_norm:g}" if self.max_grad_norm is not None else ""
+        return names[self.optimizer] + (f" with {' and '.join(parts)}" if parts else "") + clipped
 
 
 VARIANTS = (
@@ -75,8 +75,8 @@ def compare_mechanisms(
     """Train a few steps under each mechanism, from the same weights on the same batches.
 
     Each is used as a plain script uses it: ``optimizer.zero_grad()`` zeroes what the optimizer has,
-    and clipping looks at ``model.parameters()``. (A job of ours zeroes every gradient and clips
-    what is trained, so that there the mechanisms differ in cost and in what moves, not in clipping.)
+    and clipping looks at ``model.parameters()``. (A job of ours zeroes every gradient and clips by
+    what is trained: there the mechanisms differ in cost and in what moves, not in clipping.)
 
     Args:
         config: which parameters are frozen, and the norm and dropout policies; its own mechanism
@@ -120,6 +120,8 @@ def compare_mechanisms(
         varied.append({**asdict(variant), "name": variant.describe(), "mechanisms": outcomes})
     for result in measured.values():
         del result["weights"], result["afterwards"]["change"]
+    for mechanism, result in measured.items():
+        result["says"] = list(_sentences(result, measured[MECHANISMS[0]], mechanism, varied))
     came.restore(model)
     apply_config(model, base)
     return {
@@ -214,67 +216,63 @@ def _make_optimizer(groups: list[dict[str, Any]], setting: Setting) -> torch.opt
 # --------------------------------------------------------------------------- what is told of each
 
 
-def _outcome(script: _Script, steps: int) -> dict[str, Any]:
-    """What stayed and what moved after some steps; the weights themselves for the comparison."""
+def _outcome(
+    script: _Script, steps: int, watch: Callable[[], None] | None = None
+) -> dict[str, Any]:
+    """What stayed and what moved after some steps; the weights themselves for the comparison.
+
+    Args:
+        watch: called after each backward and after each step.
+    """
     proof = Proof(script.freeze)
     for _ in range(steps):
         script.backward()
+        if watch is not None:
+            watch()
         script.step()
+        if watch is not None:
+            watch()
     changed = proof.check()["frozen"]["changed"]
-    differences = [c["largest_difference"] for c in changed]
+    told = ("name", "largest_difference", "cause")
     return {
         "frozen_identical": not changed,
-        "frozen_moved": [
-            {k: c[k] for k in ("name", "largest_difference", "cause")} for c in changed
-        ],
-        "frozen_difference": max((_number(d) for d in differences), default=0.0),
+        "frozen_moved": [{key: item[key] for key in told} for item in changed],
+        "frozen_difference": max((_number(c["largest_difference"]) for c in changed), default=0.0),
         "weights": {n: p.detach().clone() for n, p in script.trained.items()},
     }
 
 
 def _measure(script: _Script, steps: int) -> dict[str, Any]:
-    """Gradients, optimizer state, what is left behind, what moved, and the time after.
+    """`_outcome`, and gradients, optimizer state, what is left behind, and the time after.
 
     ``left_behind`` is the norm of the gradients of what is frozen after each step and its
     ``zero_grad()``; ``afterwards`` how the first step that trains everything moves what was frozen.
     """
-    proof = Proof(script.freeze)
-    left_behind: list[float] = []
-    gradients: dict[str, Any] = {}
-    for _ in range(steps):
-        script.backward()
-        gradients = {
-            "frozen": sum(p.grad is not None for p in script.frozen.values()),
-            "trained": sum(p.grad is not None for p in script.trained.values()),
-            "bytes": sum(
-                p.grad.numel() * p.grad.element_size()
-                for p in script.freeze.parameters.values()
-                if p.grad is not None
-            ),
-        }
-        script.step()
-        left_behind.append(_norm([p.grad for p in script.frozen.values() if p.grad is not None]))
-    changed = proof.check()["frozen"]["changed"]
-    weights = {n: p.detach().clone() for n, p in script.trained.items()}
-    state_bytes = sum(
-        value.numel() * value.element_size()
-        for state in script.optimizer.state.values()
-        for value in state.values()
-        if isinstance(value, torch.Tensor)
-    )
+    seen: list[tuple[int, int, int]] = []  # frozen and trained tensors with a gradient, bytes
+    norms: list[float] = []
+
+    def watch() -> None:
+        frozen, trained = (_gradients(p) for p in (script.frozen, script.trained))
+        size = sum(g.numel() * g.element_size() for g in (*frozen, *trained))
+        seen.append((len(frozen), len(trained), size))
+        norms.append(_norm(frozen))
+
+    outcome = _outcome(script, steps, watch)
+    frozen, trained, size = seen[-2]  # after the last backward
+    state = tree_leaves([list(s.values()) for s in script.optimizer.state.values()])
+    tensors = [value for value in state if isinstance(value, torch.Tensor)]
     return {
-        "gradients": gradients,
-        "gradient_bytes": gradients.get("bytes", 0),
-        "optimizer_bytes": state_bytes,
-        "left_behind": left_behind,
-        "frozen_identical": not changed,
-        "frozen_moved": [
-            {k: c[k] for k in ("name", "largest_difference", "cause")} for c in changed
-        ],
-        "frozen_difference": max((_number(c["largest_difference"]) for c in changed), default=0.0),
-        "weights": weights,
+        **outcome,
+        "gradients": {"frozen": frozen, "trained": trained},
+        "gradient_bytes": size,
+        "optimizer_bytes": sum(value.numel() * value.element_size() for value in tensors),
+        "left_behind": norms[1::2],
         "afterwards": _train_on(script),
     }
+
+
+def _gradients(parameters: Mapping[str, nn.Parameter]) -> list[torch.Tensor]:
+    return [p.grad for p in parameters.values() if p.grad is not None]
 
 
 def _train_on(script: _Script) -> dict[str, Any]:
@@ -320,13 +318,50 @@ def _number(value: float | None) -> float:
     return math.inf if value is None or not math.isfinite(value) else value
 
 
+def _sentences(
+    result: Mapping[str, Any],
+    first: Mapping[str, Any],
+    mechanism: str,
+    varied: Sequence[Mapping[str, Any]],
+) -> Iterator[str]:
+    """What the numbers of one mechanism say."""
+    unused, left = result["gradients"]["frozen"], result["left_behind"]
+    if not unused:
+        yield "No gradient of what is frozen is computed or kept."
+    else:
+        more = result["gradient_bytes"] - first["gradient_bytes"]
+        yield f"{unused} gradients of frozen tensors are computed, and held in {more:,} bytes."
+    if left[-1]:
+        yield (
+            "optimizer.zero_grad() never sees them: they add up, from a norm of "
+            f"{left[0]:.3g} after the first step to {left[-1]:.3g} after step {len(left)}."
+        )
+    moving = [v for v in varied if not v["mechanisms"][mechanism]["frozen_identical"]]
+    if moving or not result["frozen_identical"]:
+        names = "; ".join(v["name"] for v in moving) or "the measured setting"
+        yield f"What is frozen moves under {names}."
+    else:
+        yield "What is frozen stayed bit-identical in every setting."
+    other = [v["name"] for v in varied if not v["mechanisms"][mechanism]["trained_identical"]]
+    if other:
+        yield f"What is trained comes out different under {'; '.join(other)}."
+    elif mechanism != MECHANISMS[0]:
+        yield "What is trained came out the same, bit for bit, in every setting."
+    times, cosine = (result["afterwards"][key] for key in ("times_fresh", "cosine_to_fresh"))
+    if times is not None and cosine is not None and (abs(times - 1) > 0.01 or cosine < 0.999):
+        yield (
+            f"Trained afterwards, what was frozen first moves {times:.2f} times as far as from a "
+            f"fresh start, in a direction with cosine {cosine:.3f} to it."
+        )
+
+
 # --------------------------------------------------------------------------------- time and memory
 
 
 def _time_steps(
     start: Callable[[str, Setting], _Script], setting: Setting, steps: int
 ) -> dict[str, float]:
-    """Milliseconds of a step under each mechanism, the median over rounds of one after the other."""
+    """Milliseconds of a step under each mechanism, the median over rounds of all in turn."""
     times: dict[str, list[float]] = {mechanism: [] for mechanism in MECHANISMS}
     for _ in range(ROUNDS):
         for mechanism in MECHANISMS:
