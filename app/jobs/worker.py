@@ -9,8 +9,6 @@ import argparse
 import contextlib
 import errno
 import faulthandler
-import hashlib
-import json
 import os
 import random
 import signal
@@ -215,15 +213,10 @@ def _run(
 
 def _digest_weights(model: Any) -> str | None:
     """SHA-256 of what a checkpoint would hold, by name; None where weights are not there yet."""
-    from app.freezing.digest import digest_tensor
     from app.sources.hub import is_weightless
-    from app.training.checkpoint import model_tensors
+    from app.training.checkpoint import digest_weights
 
-    if is_weightless(model):
-        return None
-    tensors = model_tensors(model)
-    listed = [[name, digest_tensor(tensor)] for name, tensor in sorted(tensors.items())]
-    return "sha256:" + hashlib.sha256(json.dumps(listed).encode()).hexdigest()
+    return None if is_weightless(model) else digest_weights(model)
 
 
 def _is_small(graph: Any) -> bool:

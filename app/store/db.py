@@ -15,6 +15,8 @@ from sqlalchemy import Engine, create_engine, event
 from sqlalchemy.exc import DBAPIError
 from sqlmodel import Session
 
+from app.store import rollups
+
 T = TypeVar("T")
 
 MIGRATIONS = Path(__file__).parent / "migrations"
@@ -202,6 +204,8 @@ def upgrade_schema(path: Path, schema: str = "head") -> None:
     with engine.begin() as connection:
         config.attributes["connection"] = connection
         command.upgrade(config, schema)
+        if current is not None and schema == "head":
+            rollups.rebuild(connection)
     engine.dispose()
 
 
