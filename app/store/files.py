@@ -18,6 +18,10 @@ def graph_path(data_dir: Path, model_id: int) -> Path:
     return data_dir / "graphs" / f"{model_id}.json"
 
 
+def model_card_path(data_dir: Path, model_id: int) -> Path:
+    return data_dir / "graphs" / f"{model_id}.about.json"
+
+
 def read_logs(folder: Path, after: int = 0, limit: int = 2**24) -> bytes:
     """The logs of all attempts, one behind the other, from byte `after` on, `limit` at most."""
     pieces: list[bytes] = []
@@ -47,3 +51,12 @@ def remove_folder(path: Path) -> None:
     with contextlib.suppress(FileNotFoundError):
         path.rename(doomed)
         shutil.rmtree(doomed)
+
+
+def folder_bytes(path: Path) -> int:
+    """Bytes in all files below a folder; 0 where there is none."""
+    total = 0
+    for file in path.rglob("*"):
+        with contextlib.suppress(FileNotFoundError):  # removed in this moment
+            total += file.lstat().st_size
+    return total
