@@ -9,7 +9,7 @@ from typing import Any, TypeGuard, TypeVar
 
 from sqlmodel import Session
 
-from app.freezing.errors import InvalidDocument
+from app.freezing.errors import InvalidDocument, show_value
 from app.store import catalog, jobs
 from app.store.tables import FreezeConfigRow, Job, Model, Task
 
@@ -87,7 +87,10 @@ def check_members(doc: Any, known: Iterable[str], field: str = "") -> None:
     if unknown:
         nearest = (difflib.get_close_matches(key, known, n=1, cutoff=0)[0] for key in unknown)
         raise InvalidDocument(
-            (f"{field}.{key}".lstrip("."), f"{key!r} is not known here; the nearest is {near!r}.")
+            (
+                f"{field}.{key}".lstrip("."),
+                f"{show_value(key)} is not known here; the nearest is {near!r}.",
+            )
             for key, near in zip(unknown, nearest, strict=True)
         )
 
