@@ -10,8 +10,8 @@ from fastapi import FastAPI
 from fastapi.staticfiles import StaticFiles
 
 from app import __version__
+from app.jobs.keeper import Keeper
 from app.jobs.runner import Runner
-from app.jobs.warm import Keeper
 from app.service import Service
 from app.settings import Settings, read_token
 from app.store.db import Database
@@ -19,7 +19,7 @@ from app.store.lock import DataFolderHeld, Holder, hold_data_folder, read_holder
 from app.web import api, errors, guard
 from app.web.audit import AuditLog
 from app.web.limits import FailedLogins, OpenStreams
-from app.web.pages import configs, jobs, login, models, patterns, system
+from app.web.pages import configs, jobs, login, models, patterns, preview, system
 
 __all__ = ["DataFolderHeld", "Holder", "create_app", "read_holder"]
 
@@ -74,7 +74,7 @@ def create_app(settings: Settings) -> FastAPI:
     app.state.settings = settings
     errors.install(app)
     app.include_router(api.router)
-    for page in (login, models, configs, jobs, system, patterns):
+    for page in (login, models, preview, configs, jobs, system, patterns):
         app.include_router(page.router)
     app.mount("/static", StaticFiles(directory=STATIC), name="static")
     guard.check_declared(app)

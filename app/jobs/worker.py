@@ -9,16 +9,16 @@ import argparse
 import contextlib
 import errno
 import faulthandler
-import hashlib
-import json
 import os
 import random
 import signal
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -26,10 +26,12 @@ from typing import Any
 from app.freezing.errors import InvalidDocument
 from app.jobs import BRIEF_SPIN
 from app.jobs import folder as job_folder
-from app.jobs.folder import SpoolWriter, Wish, WishReader
+from app.jobs.folder import Wish, WishReader
+from app.jobs.spool import SpoolWriter
 from app.training.places import checkpoint_path, checkpoint_steps
 
 LOG_BYTES = 10 * 2**20
+SIGN_SECONDS = 1.0  # between two signs of life of the loop
 TRACEBACK_BYTES = 64 * 2**10
 MESSAGE_CHARACTERS = 1000
 SMALL_MODEL_BYTES = 2 * 2**30
@@ -108,6 +110,7 @@ def _choose_attempt(folder: Path, number: int | None) -> Path:
         return newest
     if newest and job_folder.is_held(newest):
         raise job_folder.AttemptTaken(f"{newest} is running; stop it, or wait for its end.")
+    job_folder.tidy_checkpoints(folder)  # it may put back the newest one
     steps = checkpoint_steps(job_folder.checkpoints_folder(folder))
     return job_folder.prepare_attempt(
         folder,
@@ -168,16 +171,22 @@ def _run(
         document = {**graph.to_document(), "weights_digest": digest}
         job_folder.write_document(directory / "graph.json", document)
         return "succeeded", 0
+    if is_preview:
+        from app.sources.preview import preview_dataset
+
+        preview_dataset(
+            data_spec,
+            code_dirs=code_dirs,
+            seed=recipe.seed,
+            intake=built.intake,
+            keep=partial(job_folder.write_document, directory / job_folder.FOUND),
+        )
+        return "succeeded", 0
 
     from app.sources.datasets import build_data
     from app.training import loop
 
     data = build_data(data_spec, code_dirs=code_dirs, seed=recipe.seed, intake=built.intake)
-    if is_preview:
-        from app.sources.preview import preview_data
-
-        job_folder.write_document(directory / "preview.json", preview_data(data))
-        return "succeeded", 0
     device = facts["device"]
     if device == "auto":  # started by hand: nobody has chosen one
         device = "cuda:0" if torch.cuda.is_available() else "cpu"
@@ -204,15 +213,10 @@ def _run(
 
 def _digest_weights(model: Any) -> str | None:
     """SHA-256 of what a checkpoint would hold, by name; None where weights are not there yet."""
-    from app.freezing.proof import digest_tensor
     from app.sources.hub import is_weightless
-    from app.training.checkpoint import model_tensors
+    from app.training.checkpoint import digest_weights
 
-    if is_weightless(model):
-        return None
-    tensors = model_tensors(model)
-    listed = [[name, digest_tensor(tensor)] for name, tensor in sorted(tensors.items())]
-    return "sha256:" + hashlib.sha256(json.dumps(listed).encode()).hexdigest()
+    return None if is_weightless(model) else digest_weights(model)
 
 
 def _is_small(graph: Any) -> bool:
@@ -268,11 +272,19 @@ class Wishes:
 
     def __init__(self, directory: Path) -> None:
         self._read = WishReader(directory)
+        self._sign_of_life = directory / "attempt.json"
+        self._shown_at = time.monotonic()
         self._loading = True
         self._signalled = False
 
     def __call__(self) -> Wish:
         wish = self._read()
+        now = time.monotonic()
+        if now - self._shown_at >= SIGN_SECONDS:
+            # The loop asks between two steps, and between two batches of an evaluation, which
+            # reports nothing for long: whoever asks has not hung.
+            self._shown_at = now
+            os.utime(self._sign_of_life)
         if self._signalled and wish.state != "release":
             return replace(wish, state="stop")
         return wish
@@ -408,6 +420,10 @@ def _classify(error: BaseException) -> str:
             return reason
     if isinstance(error, ImportError):
         return "import_error"
+    if type(error).__name__ == "InvalidDocument" and all(
+        field.partition(".")[0] == "dataset" for field, _ in getattr(error, "errors", ())
+    ):
+        return "data_error"
     reason = getattr(error, "reason", None)
     return (
         reason if reason in job_folder.REASONS else _REASONS.get(type(error).__name__, "user_code")

@@ -172,8 +172,10 @@ class Records(Jobs):
                 return events, events[-1][2] if events else since, False
             job, folder = find_row(session, Job, job_id), self._folder(job_id)
             if cursor == "now":
-                return [], str(find_end(session, job, folder)), job.state in jobs.ENDED
+                has_ended = job.state in jobs.ENDED and not job.is_restarting
+                return [], str(find_end(session, job, folder)), has_ended
             events = list(read_job_news(session, job, folder, Place.read(cursor)))
             after = Place.read(events[-1][2] if events else cursor)
             is_told = after.attempt == job.attempt and after.version == job.version
-            return events, str(after), is_told and job.state in jobs.ENDED
+            has_ended = job.state in jobs.ENDED and not job.is_restarting
+            return events, str(after), is_told and has_ended

@@ -49,7 +49,7 @@ class FreezeConfigRow(SQLModel, table=True):
 
 
 class Task(SQLModel, table=True):
-    """One inspection of a model: its own queue and slot, a single attempt."""
+    """One inspection or preview: its own queue and slot, a single attempt."""
 
     __tablename__ = "task"
     __table_args__ = _NEVER_REUSED
@@ -76,6 +76,11 @@ class Job(SQLModel, table=True):
         config: the freeze config as trained, with its names expanded.
         wish: what the user wants of the living attempt: running, hold, release or stop.
         attempt: number of the newest attempt, 0 before the first.
+        priority: jobs with a higher one start first; among equals the lower `place` does.
+        place: the version with which it was queued: grows with time, whatever the clock does.
+        restarts_left: how often it may still be queued again without anybody asking.
+        is_restarting: it was cut short, and is queued again as soon as that makes sense.
+        waiting_for: what it waits for, in words; None where it does not.
     """
 
     __tablename__ = "job"
@@ -105,6 +110,11 @@ class Job(SQLModel, table=True):
     verdict: str | None = None
     error_reason: str | None = None
     error_message: str | None = None
+    priority: int = 0
+    place: int = 0
+    restarts_left: int = 3
+    is_restarting: bool = False
+    waiting_for: str | None = None
     queued_at: str = Field(default_factory=utc_now)
     created_at: str = Field(default_factory=utc_now)
     started_at: str | None = None
@@ -119,6 +129,8 @@ class Attempt(SQLModel, table=True):
         sequence: number of the last record that is in the database, 0 before the first.
         edits: live changes of what is frozen, each with the number of its wish, its rules and the
             first step that it holds for, None until the worker said so.
+        peak_bytes, peak_device_bytes: the most memory that its processes were seen to take, on
+            the host and on the device; None where nobody could tell.
     """
 
     __tablename__ = "attempt"
@@ -136,6 +148,10 @@ class Attempt(SQLModel, table=True):
     started_at: str = Field(default_factory=utc_now)
     ended_at: str | None = None
     outcome: str | None = None
+    reason: str | None = None
+    message: str | None = None
+    peak_bytes: int | None = None
+    peak_device_bytes: int | None = None
 
 
 class Proof(SQLModel, table=True):

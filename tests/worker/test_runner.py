@@ -14,8 +14,11 @@ from sqlmodel import Session
 
 from app.freezing.graph import ModelGraph, Module, Parameter
 from app.jobs import folder as job_folder
+from app.jobs.attendance import CHECKPOINT_SECONDS, STOP_SECONDS
 from app.jobs.devices import Device
-from app.jobs.runner import CHECKPOINT_SECONDS, START_SECONDS, STOP_SECONDS, Runner
+from app.jobs.processes import START_SECONDS
+from app.jobs.runner import Runner
+from app.jobs.spool import SpoolWriter
 from app.service import Service
 from app.settings import Settings
 from app.store import jobs
@@ -38,6 +41,7 @@ class SillyKeeper:
         self.started: list[tuple[Path, int, dict[str, str]]] = []
         self.signals: list[int] = []
         self.is_broken = False
+        self.is_late = False  # it starts a worker, and says so to nobody
         self.trouble: str | None = None
 
     def ready(self) -> bool:
@@ -49,6 +53,8 @@ class SillyKeeper:
         if self.is_broken:
             raise RuntimeError("no more processes")
         self.started.append((folder, attempt, environment))
+        if self.is_late:
+            raise RuntimeError("no answer within 120 s")
         return 2**22 + len(self.started)
 
     def kill(self, pid: int, number: int) -> None:
@@ -96,13 +102,11 @@ class House:
     def directory(self, job_id: int = 1, attempt: int = 1) -> Path:
         return self.settings.data_dir / "jobs" / str(job_id) / "attempts" / str(attempt)
 
-    def play_start(
-        self, job_id: int = 1, attempt: int = 1, step: int = 0
-    ) -> job_folder.SpoolWriter:
+    def play_start(self, job_id: int = 1, attempt: int = 1, step: int = 0) -> SpoolWriter:
         """Do what a worker does first."""
         directory = self.directory(job_id, attempt)
         self.locks.append(job_folder.hold_lock(directory))
-        spool = job_folder.SpoolWriter(directory / "telemetry.spool", attempt)
+        spool = SpoolWriter(directory / "telemetry.spool", attempt)
         spool.append("start", {"layers": ["0"], "step": step, "total_steps": 9, "warnings": []})
         spool.append("state", {"state": "running", "seq": 0})
         return spool
@@ -311,7 +315,7 @@ def test_a_stop_is_patient_with_a_checkpoint(house: House, deaf_worker: Any) -> 
     house.launch()
     house.tick()
     worker = deaf_worker(house.directory())
-    spool = job_folder.SpoolWriter(house.directory() / "telemetry.spool", 1)
+    spool = SpoolWriter(house.directory() / "telemetry.spool", 1)
     spool.append("metrics", loss(1))
     spool.close()
     house.tick()
@@ -443,13 +447,36 @@ def test_a_folder_without_a_process_goes_back_to_the_queue(house: House) -> None
     assert house.job()["state"] == "starting"
 
 
-def test_a_keeper_that_cannot_start_fails_the_job_in_words(house: House) -> None:
+def test_a_worker_that_cannot_be_started_is_told_and_tried_again(house: House) -> None:
     house.tick()
     house.keeper.is_broken = True
     house.launch()
     house.tick()
-    assert house.job()["state"] == "failed"
+    assert (house.job()["state"], house.job()["is_restarting"]) == ("interrupted", True)
+    assert house.job()["error"]["reason"] == "lost"
     assert "no more processes" in house.job()["error"]["message"]
+    with pytest.raises(job_folder.AttemptTaken):  # a start that was only late comes too late
+        job_folder.hold_lock(house.directory())
+    house.keeper.is_broken = False
+    house.tick(house.settings.restart_seconds)
+    house.tick(house.settings.restart_seconds)
+    assert (house.job()["state"], house.job()["attempt"]) == ("starting", 2)
+
+
+def test_a_worker_that_started_although_its_keeper_did_not_say_so_is_adopted(house: House) -> None:
+    house.tick()
+    house.keeper.is_late = True
+    start = house.keeper.start
+
+    def start_and_run(folder: Path, attempt: int, *more: Any) -> int:
+        house.play_start().close()
+        return start(folder, attempt, *more)
+
+    house.keeper.start = start_and_run  # type: ignore[method-assign]
+    house.launch()
+    house.tick()
+    house.tick()
+    assert (house.job()["state"], house.job()["attempt"]) == ("running", 1)
 
 
 def test_an_attempt_goes_on_from_the_newest_checkpoint(house: House) -> None:
