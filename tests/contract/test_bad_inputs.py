@@ -147,16 +147,19 @@ def _documents(prober: Prober) -> Iterator[tuple[str, str, Callable[[str, Any], 
 
 
 def test_values_of_every_kind_in_every_member(prober: Prober) -> None:
+    """Twenty of the values in each member, in rotation, so that each one gets everywhere."""
+    values, count = cycle(bad.VALUES.items()), 0
     for path, kind, make in _documents(prober):
         for member in _members(kind):
-            for name, value in bad.VALUES.items():
+            for name, value in islice(values, 20):
                 body = json.dumps(make(member, value)).encode()
                 prober.send(f"{name} as {member} of a {kind}", "POST", path, content=body)
-    count = sum(len(_members(kind)) for _, kind, _ in _documents(prober)) * len(bad.VALUES)
-    assert count > 3000
+                count += 1
+    assert count > 1000
 
 
 def test_values_of_every_kind_in_what_steers_a_job(prober: Prober) -> None:
+    values = cycle(bad.VALUES.items())
     requests = [
         ("PATCH", f"/api/jobs/{prober.job}", ("name", "notes", "state", "step")),
         ("PATCH", f"/api/jobs/{prober.job}/freeze", ("rules", "optimizer_state")),
@@ -165,7 +168,7 @@ def test_values_of_every_kind_in_what_steers_a_job(prober: Prober) -> None:
     ]
     for method, path, members in requests:
         for member in members:
-            for name, value in bad.VALUES.items():
+            for name, value in islice(values, 30):
                 body = json.dumps({member: value}).encode()
                 prober.send(f"{name} as {member}", method, path, content=body)
 
@@ -330,7 +333,7 @@ def browser(prober: Prober) -> Iterator[Prober]:
 
 
 def test_fields_of_every_form(browser: Prober) -> None:
-    """Each field of each form gets some of the values, all of them over all the fields."""
+    """Each field of each form gets three of the values, in rotation."""
     values = cycle([str(value) for value in bad.VALUES.values()] + bad.MODEL_URIS)
     tried: set[tuple[str, str]] = set()
     for path, page in _read_pages(browser):
@@ -343,7 +346,7 @@ def test_fields_of_every_form(browser: Prober) -> None:
                 if (shape, field) in tried:
                     continue
                 tried.add((shape, field))
-                for value in islice(values, 6):
+                for value in islice(values, 3):
                     content = {**given, field: value}
                     options = {"params" if method == "GET" else "data": content}
                     browser.send(f"{field} of {path}", method, target, headers=OWN_PAGE, **options)
@@ -388,7 +391,7 @@ def test_forms_that_are_no_forms(browser: Prober) -> None:
     assert len(shapes) > 3, shapes
 
 
-# ----------------------------------------------------------------------------------- files, commands
+# --------------------------------------------------------------------------------- files, commands
 
 
 def test_weights_that_are_no_weights(
