@@ -62,19 +62,25 @@ class Models(Ground):
 
     def get_model(self, model_id: int) -> Document:
         with self._db.read() as session:
-            return model_document(session, find_row(session, Model, model_id))
+            document = model_document(session, find_row(session, Model, model_id))
+        is_waiting = document["state"] == "inspecting" and document["task_id"] is not None
+        return document | {
+            "progress": self._last_words(document["task_id"]) if is_waiting else None
+        }
 
     def delete_model(self, model_id: int) -> None:
         """Remove a model that no job uses, with its saved configs and its inspection."""
 
         def delete(session: Session) -> Task | None:
             model = find_row(session, Model, model_id)
-            count = catalog.count_jobs_of_model(session, model_id)
-            if count:
+            used = catalog.jobs_of_model(session, model_id)
+            if used:
+                many = len(used) > 1
                 raise Conflict(
-                    f"Model {model_id} is used by {count} job{'s' * (count > 1)}; delete "
-                    f"{'them' if count > 1 else 'it'} first.",
+                    f"Model {model_id} is used by {len(used)} job{'s' * many}; delete "
+                    f"{'them' if many else 'it'} first.",
                     state=model.state,
+                    jobs=used,
                 )
             task = catalog.task_of_model(session, model_id)
             if task is not None and task.state in ("queued", "running"):

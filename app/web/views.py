@@ -39,9 +39,18 @@ class ModelsView:
     shell: Shell
     models: Sequence[Document]
     jobs: Sequence[JobView]
-    values: Mapping[str, str]
+    uri: Field
+    options: Sequence[Field]
+    checks: Sequence[Field]
     faults: Sequence[Fault] = ()
-    suggestions: Sequence[tuple[str, str]] = ()
+    conflict: str = ""
+    in_use: Sequence[int] = ()
+
+    @property
+    def is_opened(self) -> bool:
+        """Whether somebody said more than a URI, or must look at what they said."""
+        given = any(check.value or check.fault for check in self.checks)
+        return given or any(option.fault or option.is_given for option in self.options)
 
     @property
     def is_waiting(self) -> bool:
@@ -191,6 +200,11 @@ class Field:
     help: str = ""
     fault: str = ""
 
+    @property
+    def is_given(self) -> bool:
+        """Whether something was typed, or another choice made than the first."""
+        return bool(self.value) and self.value != next(iter(self.choices), "")
+
 
 @dataclass(frozen=True, slots=True)
 class WorkbenchView:
@@ -198,6 +212,7 @@ class WorkbenchView:
 
     shell: Shell
     model: Document
+    again: str = ""
     tree: Sequence[TreeRow] = ()
     search: str = ""
     found: int | None = None

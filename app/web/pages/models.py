@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 from urllib.parse import parse_qsl, urlencode
 
-from fastapi import APIRouter, Depends, HTTPException, Request, Response, UploadFile
+from fastapi import APIRouter, Depends, Request, Response, UploadFile
 from fastapi.responses import HTMLResponse
 from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import FormData
@@ -17,10 +17,8 @@ from app.freezing.config import config_document
 from app.freezing.errors import InvalidDocument
 from app.freezing.export import config_as_python
 from app.service import Conflict, Service
-from app.sources.demo import DEMO_MODELS
-from app.web.api.body import parse_json
 from app.web.guard import changes_nothing, signed_in
-from app.web.pages import tree, workbench
+from app.web.pages import model_form, tree, workbench
 from app.web.pages.entries import Items
 from app.web.pages.jobs import view_jobs
 from app.web.pages.training_form import suggest_training
@@ -74,16 +72,26 @@ def show_model_list(request: Request) -> Response:
 
 
 def _models_view(
-    request: Request, values: Mapping[str, str] | None = None, faults: tuple[Fault, ...] = ()
+    request: Request,
+    values: Mapping[str, str] | None = None,
+    faults: Sequence[Fault] = (),
+    conflict: str = "",
+    in_use: Sequence[int] = (),
 ) -> ModelsView:
+    """The page; `values` fill the form, from what was sent or from the address."""
     service = service_of(request)
+    uri, options, checks = model_form.form_fields(values or request.query_params, faults)
+    beside = {field.fault for field in (uri, *options, *checks)}
     return ModelsView(
         shell=shell(request, "Models", "models"),
         models=service.list_models(),
         jobs=view_jobs(service, limit=RECENT_JOBS),
-        values=values or {},
-        faults=faults,
-        suggestions=[(f"demo:{name}", words) for name, words in DEMO_MODELS.items()],
+        uri=uri,
+        options=options,
+        checks=checks,
+        faults=[fault for fault in faults if fault.message not in beside],
+        conflict=conflict,
+        in_use=in_use,
     )
 
 
@@ -91,38 +99,22 @@ def _models_view(
 def add_model(request: Request, items: list[tuple[str, str]] = Depends(form_items)) -> Response:
     values = dict(items)
     try:
-        model = service_of(request).add_model(_model_spec(values))
+        model = service_of(request).add_model(model_form.read_spec(values))
     except InvalidDocument as error:
-        view = _models_view(request, values, tuple(faults_of(error)))
+        view = _models_view(request, values, faults_of(error))
         return render_page(request, "models.html", view, 422)
     return redirect(request, f"/models/{model['id']}")
 
 
-def _model_spec(values: Mapping[str, str]) -> Document:
-    spec: Document = {"uri": values.get("uri", "").strip()}
-    for key in ("task", "revision", "weights"):
-        if values.get(key, "").strip():
-            spec[key] = values[key].strip()
-    for key in ("num_classes", "kwargs", "input"):
-        text = values.get(key, "").strip()
-        if text:
-            spec[key] = read_json(key, text)
-    if values.get("random_init"):
-        spec["random_init"] = True
-    return spec
-
-
-def read_json(field: str, text: str) -> Any:
-    """JSON that somebody typed or uploaded. Raises InvalidDocument with the place of the fault."""
-    try:
-        return parse_json(text.encode(errors="surrogatepass"))
-    except HTTPException as error:
-        raise InvalidDocument([(field, str(error.detail))]) from None
-
-
 @router.post("/models/{model_id}/delete")
 def delete_model(request: Request, model_id: int) -> Response:
-    service_of(request).delete_model(model_id)
+    try:
+        service_of(request).delete_model(model_id)
+    except Conflict as conflict:
+        view = _models_view(
+            request, conflict=conflict.detail, in_use=conflict.extra.get("jobs") or ()
+        )
+        return render_page(request, "models.html", view, 409)
     return redirect(request, "/models")
 
 
@@ -148,7 +140,11 @@ def _build(
     service = service_of(request)
     model = service.get_model(model_id)
     if model["state"] != "ready":
-        return WorkbenchView(shell=shell(request, str(model["uri"]), "models"), model=model)
+        page, again = (
+            shell(request, str(model["uri"]), "models"),
+            model_form.spec_address(model["spec"]),
+        )
+        return WorkbenchView(shell=page, model=model, again=again)
     plan = service.make_plan(model_id, workbench.plan_request(choice))
     before = service.make_plan(model_id, workbench.plan_request(seen)) if seen else None
     saved = service.list_configs(model_id=model_id)
@@ -323,7 +319,7 @@ def _import(
     try:
         if not text.strip():
             raise InvalidDocument([("", "Choose a file, or paste the JSON of a freeze config.")])
-        document = read_json("document", text)
+        document = model_form.read_json("document", text)
         if not isinstance(document, dict):
             raise InvalidDocument([("document", "A freeze config is a JSON object.")])
         saved = service.import_config(model_id, document, accept)

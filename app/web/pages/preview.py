@@ -39,7 +39,13 @@ def start_preview(
         task_id = service_of(request).preview_dataset(wanted)["id"]
     except InvalidDocument as error:
         error_document = {"reason": "bad_spec", "message": str(error)}
-        task = {"id": 0, "state": "failed", "error": error_document, "result": None}
+        task = {
+            "id": 0,
+            "state": "failed",
+            "error": error_document,
+            "result": None,
+            "progress": None,
+        }
         return _show(request, model_id, task, choice.address(), 422)
     return redirect(request, f"/models/{model_id}/preview/{task_id}?{choice.address()}")
 
