@@ -90,7 +90,8 @@ class Models(Ground):
             return task
 
         task = self._db.write(delete)
-        files.graph_path(self._settings.data_dir, model_id).unlink(missing_ok=True)
+        for path in (files.graph_path, files.model_card_path):
+            path(self._settings.data_dir, model_id).unlink(missing_ok=True)
         if task is not None and task.state == "stopping":
             self._runner.wake()
         elif task is not None and task.id is not None:
