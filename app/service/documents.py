@@ -177,6 +177,10 @@ def shorten_config(document: Document) -> Document:
     return {**members(document, drop=("frozen", "trainable")), **counts}
 
 
+def _percent(part_ms: float | None, whole_ms: float | None) -> float | None:
+    return round(100 * part_ms / whole_ms, 2) if part_ms is not None and whole_ms else None
+
+
 def job_document(session: Session, job: Job) -> Document:
     return job_documents(session, [job])[0]
 
@@ -228,6 +232,7 @@ def _describe_job(job: Job, attempt: Attempt | None, position: int | None) -> Do
         "epoch": job.epoch,
         "eta_seconds": eta,
         "step_ms": job.step_ms,
+        "measure_percent": _percent(job.measure_ms, job.step_ms),
         "error": error_document(job),
         "worker_pid": attempt.pid if attempt is not None and is_live else None,
         "attempt": job.attempt,

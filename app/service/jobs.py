@@ -170,7 +170,8 @@ class Jobs(Configs):
 
         self._db.write(delete)
         files.remove_folder(self._folder(job_id))
-        self._db.write(jobs.give_space_back)
+        while self._db.write(jobs.delete_leftovers):
+            pass
 
     def stop_job(self, job_id: int) -> Document:
         """End a job after its current step, with a checkpoint."""
