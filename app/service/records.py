@@ -7,6 +7,7 @@ from pathlib import Path
 
 from sqlmodel import Session
 
+from app.freezing.config import parse_config
 from app.freezing.errors import InvalidDocument
 from app.freezing.globs import compile_match
 from app.jobs import folder as job_folder
@@ -20,6 +21,7 @@ from app.service.documents import (
 from app.service.export import export_csv, export_json
 from app.service.jobs import Jobs
 from app.service.news import Event, Place, find_end, read_all_news, read_job_news
+from app.service.timeline import describe_timeline
 from app.store import files, jobs, samples
 from app.store.tables import Job, Proof
 from app.training.places import checkpoint_path, checkpoint_steps
@@ -77,6 +79,15 @@ class Records(Jobs):
     def read_job_config(self, job_id: int) -> Document:
         with self._db.read() as session:
             return find_row(session, Job, job_id).config
+
+    def read_freeze(self, job_id: int) -> Document:
+        """What is frozen in a job now, and at which steps that changed."""
+        with self._db.read() as session:
+            job = find_row(session, Job, job_id)
+            attempts = jobs.list_attempts(session, job_id)
+        return describe_timeline(
+            job, attempts, parse_config(job.config), self.read_graph(job.model_id)
+        )
 
     def list_checkpoints(self, job_id: int) -> list[Document]:
         """Complete checkpoints, oldest first.

@@ -90,6 +90,12 @@ def live_attempts(session: Session) -> Sequence[tuple[Job, Attempt]]:
     return session.exec(query.where(col(Attempt.ended_at).is_(None))).all()
 
 
+def list_attempts(session: Session, job_id: int) -> Sequence[Attempt]:
+    """A job's attempts, oldest first."""
+    query = select(Attempt).where(Attempt.job_id == job_id).order_by(col(Attempt.number))
+    return session.exec(query).all()
+
+
 def living_attempt(session: Session, job: Job) -> Attempt | None:
     attempt = session.get(Attempt, (job.id, job.attempt))
     return attempt if attempt is not None and attempt.ended_at is None else None

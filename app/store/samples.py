@@ -97,7 +97,7 @@ def ingest(
     if new:
         attempt.sequence = new[-1].sequence
     session.add(attempt)
-    if progress:
+    if new:  # also where nothing but a log line came: whoever follows all jobs hears of it
         jobs.update_job(session, job, **progress)
     session.flush()
 
