@@ -10,6 +10,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from app import __version__
+from app.safety import examine_safety
 from app.settings import Settings
 from app.store.lock import read_holder
 
@@ -34,6 +35,7 @@ def examine(settings: Settings) -> Iterator[tuple[str, Finding]]:
     nearest = next(p for p in (settings.data_dir, *settings.data_dir.parents) if p.exists())
     free = shutil.disk_usage(nearest).free
     yield "disk", (free > 1 << 30, f"{free / 1e9:.1f} GB free")
+    yield from examine_safety(settings)
 
 
 EXAMINATION = """

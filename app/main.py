@@ -10,13 +10,15 @@ from fastapi import FastAPI
 from fastapi.staticfiles import StaticFiles
 
 from app import __version__
+from app.jobs.keeper import Keeper
 from app.jobs.runner import Runner
-from app.jobs.warm import Keeper
 from app.service import Service
 from app.settings import Settings, read_token
 from app.store.db import Database
 from app.store.lock import DataFolderHeld, Holder, hold_data_folder, read_holder
 from app.web import api, errors, guard
+from app.web.audit import AuditLog
+from app.web.limits import FailedLogins, OpenStreams
 from app.web.pages import configs, jobs, login, models, patterns, system
 
 __all__ = ["DataFolderHeld", "Holder", "create_app", "read_holder"]
@@ -43,6 +45,8 @@ def create_app(settings: Settings) -> FastAPI:
             runner = Runner(settings, db, lambda: Keeper.connect(settings.data_dir))
             app.state.service = Service(settings, db, runner)
             app.state.token = read_token(settings)
+            app.state.audit = AuditLog(settings.data_dir / "audit.log")
+            app.state.failed_logins, app.state.open_streams = FailedLogins(), OpenStreams()
             if is_new:
                 app.state.service.add_model(FIRST_MODEL)
             stop = threading.Event()
@@ -54,6 +58,7 @@ def create_app(settings: Settings) -> FastAPI:
                 stop.set()
                 runner.wake()
                 thread.join()
+                app.state.audit.close()
                 db.close()
 
     # The docs are our own page: FastAPI's would load scripts from another host.

@@ -70,7 +70,7 @@ def read_token(settings: Settings) -> str:
     """
     if settings.token is not None:
         return settings.token
-    settings.data_dir.mkdir(parents=True, exist_ok=True)
+    settings.data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
     path = settings.data_dir / "token"
     try:
         # Linked into place complete: two processes that start at once agree on one token.

@@ -17,19 +17,16 @@ import contextlib
 import errno
 import fcntl
 import json
-import math
 import os
 import secrets
 import shutil
 import signal
-import struct
 import threading
-import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 FORMAT = 1
 
@@ -428,165 +425,3 @@ def _host() -> str:
         return f"{boot} {Path('/proc/self/ns/pid').readlink()}"
     except OSError:
         return ""
-
-
-# ── the spool ────────────────────────────────────────────────────────────────────────────────────
-
-# A record: bytes after these two fields, their CRC-32; attempt, sequence, kind, payload.
-_FRAME = struct.Struct("<II")
-_HEADER = struct.Struct("<IQB")
-_KINDS = (
-    "start",
-    "state",
-    "metrics",
-    "layers",
-    "proof",
-    "checkpoint",
-    "checkpoint_deleted",
-    "freeze",
-)
-_NUMBERS = {kind: number for number, kind in enumerate(_KINDS, start=1)}
-_MEASURES = ("grad_norm", "update_norm", "weight_norm")
-MAX_RECORD_BYTES = 64 * 2**20
-
-
-class Record(NamedTuple):
-    """One thing that happened, in the shape in which the loop emitted it."""
-
-    attempt: int
-    sequence: int
-    kind: str
-    payload: dict[str, Any]
-
-
-class SpoolWriter:
-    """Appends records to a spool: one write each, so that a kill leaves at most a torn last one."""
-
-    def __init__(self, path: Path, attempt: int) -> None:
-        self._attempt = attempt
-        self._end, last = _find_end(path)
-        self._sequence = last + 1
-        self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-        os.ftruncate(self._descriptor, self._end)
-
-    def append(self, kind: str, payload: Mapping[str, Any]) -> None:
-        """Record what happened.
-
-        Raises:
-            OSError: it could not be written (a full disk); the spool is as before.
-        """
-        number = _NUMBERS[kind]
-        packed = _pack_layers(payload) if kind == "layers" else _pack_json(payload)
-        body = _HEADER.pack(self._attempt, self._sequence, number) + packed
-        assert len(body) <= MAX_RECORD_BYTES, f"a record of {len(body)} bytes"
-        record = _FRAME.pack(len(body), zlib.crc32(body)) + body
-        written = os.write(self._descriptor, record)
-        if written < len(record):
-            os.ftruncate(self._descriptor, self._end)
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "telemetry.spool")
-        self._end += written
-        self._sequence += 1
-
-    def close(self) -> None:
-        """Bring everything to the disk and let go."""
-        os.fsync(self._descriptor)
-        os.close(self._descriptor)
-
-
-def read_spool(
-    path: Path, offset: int = 0, limit_bytes: int = 4 * 2**20
-) -> tuple[list[Record], int]:
-    """Read the whole records from ``offset`` on, about ``limit_bytes`` of them.
-
-    Returns:
-        The records, and the offset behind them. It stops before the first record that is torn (its
-        writer is in the middle of it, or was killed there) or corrupt: the offset stays in front.
-    """
-    try:
-        with path.open("rb") as file:
-            file.seek(offset)
-            data = file.read(limit_bytes)
-            if len(data) >= _FRAME.size:
-                missing = _FRAME.size + _FRAME.unpack_from(data)[0] - len(data)
-                if 0 < missing <= MAX_RECORD_BYTES:  # one record above the limit still comes whole
-                    data += file.read(missing)
-    except FileNotFoundError:
-        return [], offset
-    records = []
-    position = 0
-    while record := _unpack_record(data, position):
-        records.append(record[0])
-        position = record[1]
-    return records, offset + position
-
-
-def _unpack_record(data: bytes, start: int) -> tuple[Record, int] | None:
-    body_start = start + _FRAME.size
-    if body_start > len(data):
-        return None
-    length, checksum = _FRAME.unpack_from(data, start)
-    body = memoryview(data)[body_start : body_start + length]
-    if len(body) < max(length, _HEADER.size) or zlib.crc32(body) != checksum:
-        return None
-    attempt, sequence, number = _HEADER.unpack_from(body)
-    kind = _KINDS[number - 1]
-    payload = body[_HEADER.size :]
-    decoded = _unpack_layers(payload) if kind == "layers" else _unpack_json(kind, payload)
-    return Record(attempt, sequence, kind, decoded), body_start + length
-
-
-def _find_end(path: Path) -> tuple[int, int]:
-    """The offset behind the last whole record, and that record's sequence number (0: none)."""
-    offset = sequence = 0
-    while True:
-        records, offset = read_spool(path, offset)
-        if not records:
-            return offset, sequence
-        sequence = records[-1].sequence
-
-
-def _pack_json(payload: Mapping[str, Any]) -> bytes:
-    try:
-        return json.dumps(payload, allow_nan=False).encode()
-    except ValueError:  # a loss that exploded; rare, so that every other record pays nothing for it
-        return json.dumps(_name_non_finite(payload), allow_nan=False).encode()
-
-
-def _name_non_finite(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _name_non_finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_name_non_finite(item) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
-    return value
-
-
-def _unpack_json(kind: str, packed: memoryview) -> dict[str, Any]:
-    payload: dict[str, Any] = json.loads(bytes(packed))
-    if kind == "metrics":
-        values = payload["values"]
-        payload["values"] = {
-            name: float(value) if isinstance(value, str) else value
-            for name, value in values.items()
-        }
-    return payload
-
-
-def _pack_layers(payload: Mapping[str, Any]) -> bytes:
-    values = [value for measure in _MEASURES for value in payload[measure]]
-    count = len(payload["grad_norm"])
-    assert len(values) == 3 * count, "the three measures cover the same layers"
-    present = bytes([value is not None for value in values])
-    filled = values if all(present) else [0.0 if value is None else value for value in values]
-    return struct.pack(f"<QI{3 * count}d", payload["step"], count, *filled) + present
-
-
-def _unpack_layers(packed: memoryview) -> dict[str, Any]:
-    step, count = struct.unpack_from("<QI", packed)
-    values: list[float | None] = list(struct.unpack_from(f"<{3 * count}d", packed, 12))
-    present = bytes(packed[12 + 24 * count :])
-    if not all(present):
-        values = [value if there else None for value, there in zip(values, present, strict=True)]
-    columns = (values[i * count : (i + 1) * count] for i in range(3))
-    return {"step": step, **dict(zip(_MEASURES, columns, strict=True))}

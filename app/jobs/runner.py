@@ -18,6 +18,7 @@ from sqlmodel import Session
 from app.freezing.graph import ModelGraph
 from app.jobs import folder as job_folder
 from app.jobs.devices import Device, find_devices
+from app.jobs.spool import read_spool
 from app.settings import Settings
 from app.store import catalog, files, jobs, samples
 from app.store.db import Database
@@ -355,9 +356,7 @@ class Runner:
     def _store_spool(self, job: Job, attempt: Attempt, directory: Path) -> bool:
         """Bring what is new in the spool into the database; whether there was anything."""
         for portion in range(MAX_PORTIONS):
-            records, offset = job_folder.read_spool(
-                directory / "telemetry.spool", attempt.spool_offset
-            )
+            records, offset = read_spool(directory / "telemetry.spool", attempt.spool_offset)
             if not records:
                 return portion > 0
 
@@ -386,7 +385,7 @@ class Runner:
         def settle(session: Session) -> None:
             row, tried = _rows(session, job, attempt)
             while True:
-                records, offset = job_folder.read_spool(spool, tried.spool_offset)
+                records, offset = read_spool(spool, tried.spool_offset)
                 if not records:
                     break
                 samples.ingest(session, row, tried, records, offset)

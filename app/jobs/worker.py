@@ -26,7 +26,8 @@ from typing import Any
 from app.freezing.errors import InvalidDocument
 from app.jobs import BRIEF_SPIN
 from app.jobs import folder as job_folder
-from app.jobs.folder import SpoolWriter, Wish, WishReader
+from app.jobs.folder import Wish, WishReader
+from app.jobs.spool import SpoolWriter
 from app.training.places import checkpoint_path, checkpoint_steps
 
 LOG_BYTES = 10 * 2**20
@@ -108,6 +109,7 @@ def _choose_attempt(folder: Path, number: int | None) -> Path:
         return newest
     if newest and job_folder.is_held(newest):
         raise job_folder.AttemptTaken(f"{newest} is running; stop it, or wait for its end.")
+    job_folder.tidy_checkpoints(folder)  # it may put back the newest one
     steps = checkpoint_steps(job_folder.checkpoints_folder(folder))
     return job_folder.prepare_attempt(
         folder,

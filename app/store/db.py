@@ -125,8 +125,11 @@ def _open_engine(path: Path, begin: str, *pragmas: str) -> Engine:
     return engine
 
 
-def upgrade_schema(path: Path) -> None:
+def upgrade_schema(path: Path, schema: str = "head") -> None:
     """Bring the file to this version's schema, keeping a copy of an older one beside it.
+
+    Args:
+        schema: one before this version's, for whoever needs an old file.
 
     Raises:
         DatabaseFromTheFuture: its schema is one that this version does not know.
@@ -153,11 +156,11 @@ def upgrade_schema(path: Path) -> None:
     config = Config()
     config.set_main_option("script_location", str(MIGRATIONS).replace("%", "%%"))
     config.set_main_option("path_separator", "os")
-    path.parent.mkdir(parents=True, exist_ok=True)
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     engine = _open_engine(path, "BEGIN IMMEDIATE")
     with engine.begin() as connection:
         config.attributes["connection"] = connection
-        command.upgrade(config, "head")
+        command.upgrade(config, schema)
     engine.dispose()
 
 

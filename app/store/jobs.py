@@ -36,7 +36,8 @@ def last_version(session: Session) -> int:
 
 
 def add_job(session: Session, **fields: Any) -> Job:
-    job = Job(version=next_version(session), **fields)
+    version = next_version(session)
+    job = Job(version=version, place=version, **fields)
     session.add(job)
     session.flush()
     return job
@@ -78,9 +79,9 @@ def jobs_changed_since(session: Session, version: int, limit: int = 100) -> Sequ
 
 
 def queued_jobs(session: Session) -> Sequence[Job]:
-    """Jobs that wait, longest wait first."""
-    query = select(Job).where(Job.state == "queued").order_by(col(Job.queued_at), col(Job.id))
-    return session.exec(query).all()
+    """Jobs that wait, in the order in which they are to start."""
+    query = select(Job).where(Job.state == "queued")
+    return session.exec(query.order_by(col(Job.priority).desc(), col(Job.place))).all()
 
 
 def live_attempts(session: Session) -> Sequence[tuple[Job, Attempt]]:

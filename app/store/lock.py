@@ -37,7 +37,7 @@ def hold_data_folder(data_dir: Path, address: str) -> Iterator[None]:
     Raises:
         DataFolderHeld: another process owns it.
     """
-    data_dir.mkdir(parents=True, exist_ok=True)
+    data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
     # Not truncated before the lock is ours: until then it holds the other's address.
     with os.fdopen(os.open(_path(data_dir), os.O_RDWR | os.O_CREAT, 0o600), "r+") as file:
         if not _take(file):

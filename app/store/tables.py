@@ -76,6 +76,10 @@ class Job(SQLModel, table=True):
         config: the freeze config as trained, with its names expanded.
         wish: what the user wants of the living attempt: running, hold, release or stop.
         attempt: number of the newest attempt, 0 before the first.
+        priority: jobs with a higher one start first; among equals the lower `place` does.
+        place: the version with which it was queued: grows with time, whatever the clock does.
+        restarts_left: how often it may still be queued again without anybody asking.
+        is_restarting: it was cut short, and is queued again as soon as that makes sense.
     """
 
     __tablename__ = "job"
@@ -105,6 +109,10 @@ class Job(SQLModel, table=True):
     verdict: str | None = None
     error_reason: str | None = None
     error_message: str | None = None
+    priority: int = 0
+    place: int = 0
+    restarts_left: int = 3
+    is_restarting: bool = False
     queued_at: str = Field(default_factory=utc_now)
     created_at: str = Field(default_factory=utc_now)
     started_at: str | None = None
@@ -119,6 +127,8 @@ class Attempt(SQLModel, table=True):
         sequence: number of the last record that is in the database, 0 before the first.
         edits: live changes of what is frozen, each with the number of its wish, its rules and the
             first step that it holds for, None until the worker said so.
+        peak_bytes, peak_device_bytes: the most memory that its processes were seen to take, on
+            the host and on the device; None where nobody could tell.
     """
 
     __tablename__ = "attempt"
@@ -136,6 +146,8 @@ class Attempt(SQLModel, table=True):
     started_at: str = Field(default_factory=utc_now)
     ended_at: str | None = None
     outcome: str | None = None
+    peak_bytes: int | None = None
+    peak_device_bytes: int | None = None
 
 
 class Proof(SQLModel, table=True):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping, Sequence
 from http import HTTPStatus
 from typing import Any
@@ -14,6 +13,7 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
 from app.freezing.errors import InvalidDocument
+from app.numbers import name_non_finite
 from app.service.documents import Conflict, NotFound
 from app.web import render, views
 
@@ -117,14 +117,4 @@ def to_json(value: Any) -> str:
     try:
         return json.dumps(value, allow_nan=False, separators=(",", ":"))
     except ValueError:
-        return json.dumps(_name_non_finite(value), separators=(",", ":"))
-
-
-def _name_non_finite(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _name_non_finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_name_non_finite(item) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
-    return value
+        return json.dumps(name_non_finite(value), separators=(",", ":"))

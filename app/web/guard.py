@@ -17,6 +17,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from app.service.documents import digest
 from app.settings import Settings
 from app.web.errors import problem
 
@@ -58,6 +59,7 @@ def signed_in(request: Request, _described: Annotated[object, Depends(_BEARER)])
         if scheme.lower() == "bearer" and hmac.compare_digest(
             token.strip().encode(), request.app.state.token.encode()
         ):
+            request.state.who = "token"
             return
         raise _unauthorized(
             "That is not this server's token; it lies in the data folder's 'token'."
@@ -65,8 +67,14 @@ def signed_in(request: Request, _described: Annotated[object, Depends(_BEARER)])
     session = request.cookies.get(cookie_name(request))
     if not session or not request.app.state.service.check_session(session):
         raise _unauthorized("Send 'Authorization: Bearer TOKEN', or log in with 'frostline link'.")
+    request.state.who = f"session {digest(session)[:8]}"
     if request.method not in SAFE_METHODS:
         require_same_origin(request)
+
+
+def changes_nothing(request: Request) -> None:
+    """Declares a POST that only asks, such as a plan: it stays out of the audit log."""
+    request.state.changes_nothing = True
 
 
 def _unauthorized(detail: str) -> HTTPException:
@@ -190,6 +198,7 @@ class Guard:
                 headers = MutableHeaders(scope=message)
                 headers.update(self.headers)
                 headers.setdefault("Cache-Control", "private, no-cache")
+                _audit(scope, message["status"])
             await send(message)
 
         try:
@@ -225,6 +234,13 @@ class Guard:
                 headers={"Connection": "close"},
             )
         return _replay(body, receive)
+
+
+def _audit(scope: Scope, status: int) -> None:
+    audit = getattr(scope["app"].state, "audit", None) if "app" in scope else None
+    is_asking = scope.get("state", {}).get("changes_nothing") and status < 400
+    if audit is not None and scope["method"] not in SAFE_METHODS and not is_asking:
+        audit.write(scope, status)
 
 
 def _bracketed(name: str) -> str:

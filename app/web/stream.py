@@ -32,6 +32,11 @@ async def find_start(
     return last_event_id or cursor
 
 
+def has_room(request: Request) -> None:
+    """Declares a stream; refused in words where too many are open."""
+    request.app.state.open_streams.check()
+
+
 def find_job(service: Verbs, job_id: Id) -> int:
     """An unknown job is a 404, which a stream that has begun could not say any more."""
     service.get_job(job_id)
@@ -41,7 +46,7 @@ def find_job(service: Verbs, job_id: Id) -> int:
 Start = Annotated[str | None, Depends(find_start)]
 
 
-@router.get("/events", response_class=EventSourceResponse)
+@router.get("/events", response_class=EventSourceResponse, dependencies=[Depends(has_room)])
 async def follow_all(
     request: Request, service: Verbs, start: Start
 ) -> AsyncIterator[ServerSentEvent]:
@@ -50,7 +55,9 @@ async def follow_all(
         yield event
 
 
-@router.get("/jobs/{job_id}/events", response_class=EventSourceResponse)
+@router.get(
+    "/jobs/{job_id}/events", response_class=EventSourceResponse, dependencies=[Depends(has_room)]
+)
 async def follow_job(
     request: Request, service: Verbs, job_id: Annotated[int, Depends(find_job)], start: Start
 ) -> AsyncIterator[ServerSentEvent]:
@@ -63,6 +70,14 @@ async def follow(
     app: FastAPI, service: Service, job_id: int | None, cursor: str | None
 ) -> AsyncIterator[ServerSentEvent]:
     """News until the job has ended or the server closes, each event with the id behind it."""
+    with app.state.open_streams.one_more():
+        async for event in _follow(app, service, job_id, cursor):
+            yield event
+
+
+async def _follow(
+    app: FastAPI, service: Service, job_id: int | None, cursor: str | None
+) -> AsyncIterator[ServerSentEvent]:
     while not is_closing(app):
         seen = service.version  # read before the news: what comes in between is not missed
         try:

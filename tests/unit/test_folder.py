@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 
 from app.jobs import folder as job_folder
-from app.jobs.folder import SpoolWriter, Wish, WishReader, read_spool
+from app.jobs.folder import Wish, WishReader
+from app.jobs.spool import SpoolWriter, read_spool
 
 PAYLOADS = [
     ("start", {"layers": ["stem.conv", "fc"], "total_steps": None, "step": 0, "warnings": ["é"]}),
@@ -131,7 +132,7 @@ def test_what_was_recorded_before_a_sigkill_is_there_after_it(tmp_path: Path) ->
     writer = """if True:
         import sys
         from pathlib import Path
-        from app.jobs.folder import SpoolWriter
+        from app.jobs.spool import SpoolWriter
         spool = SpoolWriter(Path(sys.argv[1]), 1)
         step = 0
         while True:

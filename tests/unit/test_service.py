@@ -12,7 +12,7 @@ from sqlmodel import Session
 from app.freezing.errors import InvalidDocument
 from app.freezing.graph import ModelGraph, Module, Parameter
 from app.jobs import folder as job_folder
-from app.jobs.folder import Record
+from app.jobs.spool import Record
 from app.service import Conflict, NotFound, Service
 from app.service.news import STEPS_A_CALL
 from app.settings import Settings

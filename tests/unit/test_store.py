@@ -15,7 +15,7 @@ from sqlalchemy.exc import OperationalError
 from sqlmodel import SQLModel
 
 from app.store import files
-from app.store.db import Database, DatabaseFromTheFuture
+from app.store.db import Database, DatabaseFromTheFuture, _schema_version, upgrade_schema
 from app.store.lock import DataFolderHeld, hold_data_folder, read_holder
 from app.store.tables import Model
 
@@ -43,6 +43,23 @@ def test_a_database_of_this_version_is_opened_as_it_is(tmp_path: Path) -> None:
         assert session.get_one(Model, 1).spec == {"uri": "demo:digits"}
     second.close()
     assert [file.name for file in tmp_path.iterdir()] == ["frostline.db"]
+
+
+def test_a_copy_is_kept_of_a_database_that_is_migrated(tmp_path: Path) -> None:
+    path = tmp_path / "frostline.db"
+    upgrade_schema(path, "v0001_first")
+    with closing(sqlite3.connect(path)) as connection, connection:
+        connection.execute(
+            "INSERT INTO model (spec, state, created_at) VALUES ('{}', 'ready', '2026-01-01')"
+        )
+    path.chmod(0o600)
+    Database(path).close()
+    copy = tmp_path / "frostline.db.v0001_first"
+    for file in (path, copy):
+        with closing(sqlite3.connect(file)) as connection:
+            assert connection.execute("SELECT state FROM model").fetchall() == [("ready",)]
+            assert (_schema_version(file) == "v0001_first") == (file == copy)
+        assert file.stat().st_mode & 0o777 == 0o600
 
 
 def test_a_database_from_the_future_is_refused(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from sqlmodel import Session
 
-from app.jobs.folder import Record
+from app.jobs.spool import Record
 from app.store import jobs, samples
 from app.store.db import Database
 from app.store.tables import Attempt, Job, Model, Proof

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from app.jobs import folder as job_folder
-from app.jobs.warm import Keeper
+from app.jobs.keeper import Keeper
 from tests.worker.silly_jobs import USER_CODE, eventually, prepare, wait_until_left
 
 

@@ -16,6 +16,7 @@ from app.freezing.graph import ModelGraph, Module, Parameter
 from app.jobs import folder as job_folder
 from app.jobs.devices import Device
 from app.jobs.runner import CHECKPOINT_SECONDS, START_SECONDS, STOP_SECONDS, Runner
+from app.jobs.spool import SpoolWriter
 from app.service import Service
 from app.settings import Settings
 from app.store import jobs
@@ -96,13 +97,11 @@ class House:
     def directory(self, job_id: int = 1, attempt: int = 1) -> Path:
         return self.settings.data_dir / "jobs" / str(job_id) / "attempts" / str(attempt)
 
-    def play_start(
-        self, job_id: int = 1, attempt: int = 1, step: int = 0
-    ) -> job_folder.SpoolWriter:
+    def play_start(self, job_id: int = 1, attempt: int = 1, step: int = 0) -> SpoolWriter:
         """Do what a worker does first."""
         directory = self.directory(job_id, attempt)
         self.locks.append(job_folder.hold_lock(directory))
-        spool = job_folder.SpoolWriter(directory / "telemetry.spool", attempt)
+        spool = SpoolWriter(directory / "telemetry.spool", attempt)
         spool.append("start", {"layers": ["0"], "step": step, "total_steps": 9, "warnings": []})
         spool.append("state", {"state": "running", "seq": 0})
         return spool
@@ -311,7 +310,7 @@ def test_a_stop_is_patient_with_a_checkpoint(house: House, deaf_worker: Any) -> 
     house.launch()
     house.tick()
     worker = deaf_worker(house.directory())
-    spool = job_folder.SpoolWriter(house.directory() / "telemetry.spool", 1)
+    spool = SpoolWriter(house.directory() / "telemetry.spool", 1)
     spool.append("metrics", loss(1))
     spool.close()
     house.tick()

@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from app.jobs.keeper import Keeper
 from app.jobs.runner import Runner
-from app.jobs.warm import Keeper
 from app.service import Service
 from app.settings import Settings
 from app.store import jobs

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from app.jobs import folder as job_folder
-from app.jobs.warm import Keeper, KeeperError, allowed_environment
+from app.jobs.keeper import Keeper, KeeperError, allowed_environment
 from tests.worker.silly_jobs import eventually, prepare, wait_for_exit, wait_until_left
 
 MakeJob = Callable[..., Path]

@@ -15,8 +15,9 @@ import pytest
 
 from app.freezing.errors import InvalidDocument
 from app.jobs import folder as job_folder
-from app.jobs.folder import Record, Wish, read_spool
-from app.jobs.warm import Keeper, KeeperError
+from app.jobs.folder import Wish
+from app.jobs.keeper import Keeper, KeeperError
+from app.jobs.spool import Record, read_spool
 from app.jobs.worker import LOG_BYTES, TRACEBACK_BYTES, describe_failure
 from app.training.places import checkpoint_path, checkpoint_steps
 from tests.worker.silly_jobs import eventually, prepare, wait_for_exit
@@ -90,6 +91,19 @@ def test_a_worker_started_by_hand_does_the_same(warm_keeper: Keeper, make_job: M
     assert read_facts(by_hand) == read_facts(by_keeper)
     weights = "checkpoints/step-000000008/model.safetensors"
     assert (by_hand / weights).read_bytes() == (by_keeper / weights).read_bytes()
+
+
+def test_a_worker_by_hand_goes_on_from_a_checkpoint_that_a_kill_left_aside(
+    make_job: MakeJob,
+) -> None:
+    folder = make_job(prepared=False, training={"epochs": 1, "checkpoint_every": 2})
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    command = [*BY_HAND, str(folder)]
+    subprocess.run(command, env=environment, stderr=subprocess.DEVNULL, check=True)
+    newest = checkpoint_path(folder / "checkpoints", 4)
+    newest.rename(newest.with_name(f".old-{newest.name}"))
+    subprocess.run(command, env=environment, stderr=subprocess.DEVNULL, check=True)
+    assert job_folder.read_attempt(folder / "attempts" / "2")["resume_step"] == 4
 
 
 def test_an_evaluation_reports_metrics_only(warm_keeper: Keeper, make_job: MakeJob) -> None:

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 from fastapi import APIRouter, Depends, Query, Response
 
 from app.web.api.body import Answer, Body, Id, Limit, OptionalId, Verbs, takes
-from app.web.guard import signed_in
+from app.web.guard import changes_nothing, signed_in
 
 router = APIRouter(prefix="/models", tags=["models"], dependencies=[Depends(signed_in)])
 
@@ -43,7 +43,11 @@ def read_tree(service: Verbs, model_id: Id) -> Answer:
     return Answer(service.read_tree(model_id))
 
 
-@router.post("/{model_id}/plan", openapi_extra=takes(rules=RULES))
+@router.post(
+    "/{model_id}/plan",
+    openapi_extra=takes(rules=RULES),
+    dependencies=[Depends(changes_nothing)],
+)
 def make_plan(service: Verbs, model_id: Id, body: Body) -> Answer:
     """What a freeze config does to this model: states, flow, cost, warnings."""
     return Answer(service.make_plan(model_id, body))

@@ -8,6 +8,7 @@ from starlette.responses import Response
 from app.web import render, views
 from app.web.api.body import Verbs
 from app.web.guard import anyone, cookie_name, require_same_origin, signed_in
+from app.web.limits import FailedLogins
 
 router = APIRouter(include_in_schema=False)
 
@@ -29,9 +30,14 @@ def show_login(
 def log_in(
     request: Request, service: Verbs, link: Annotated[str, Form(max_length=200)]
 ) -> Response:
+    failed: FailedLogins = request.app.state.failed_logins
+    client = request.client.host if request.client else "somewhere"
+    failed.check(client)
     session = service.use_link(link)
     if session is None:
+        failed.add(client)
         return _page(request, None, NO_LONGER_GOOD, 403)
+    failed.forget(client)
     response = render.redirect(request, "/")
     response.set_cookie(
         cookie_name(request),

@@ -18,7 +18,7 @@ from app.freezing.export import config_as_python
 from app.service import Conflict, Service
 from app.sources.demo import DEMO_MODELS
 from app.web.api.body import parse_json
-from app.web.guard import signed_in
+from app.web.guard import changes_nothing, signed_in
 from app.web.pages import tree, workbench
 from app.web.pages.jobs import view_jobs
 from app.web.render import redirect, render_block, render_page, shell
@@ -167,7 +167,7 @@ def change_choice(
     return redirect(request, f"/models/{model_id}" + (f"?{address}" if address else ""))
 
 
-@router.post("/models/{model_id}/plan")
+@router.post("/models/{model_id}/plan", dependencies=[Depends(changes_nothing)])
 def show_plan(
     request: Request, model_id: int, items: list[tuple[str, str]] = Depends(form_items)
 ) -> Response:
