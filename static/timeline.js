@@ -9,15 +9,23 @@ function words(change) {
   return `${change.action} ${what}${change.by === "live" ? ", by hand" : ""}`;
 }
 
+let text = "";
 async function ask(address) {
-  known = await read(address);
+  const fresh = await read(address);
+  // What changed is how it is frozen, not the step.
+  const said = JSON.stringify([fresh.frozen, fresh.changes, fresh.waiting]);
+  known = fresh;
+  if (said === text) return;
+  const isFirst = text === "";
+  text = said;
   document.dispatchEvent(new Event("timeline:changed"));
+  if (!isFirst) document.body.dispatchEvent(new Event("timeline:changed"));
 }
 
 export function startTimeline() {
   const address = document.querySelector("[data-timeline]")?.dataset.timeline;
   if (!address || asked) return asked;
-  document.body.addEventListener("job:side", () => ask(address));
+  for (const name of ["job:side", "job:tree"]) document.body.addEventListener(name, () => ask(address));
   asked = ask(address);
   return asked;
 }

@@ -6,9 +6,7 @@ from typing import Any
 
 from sqlmodel import Session
 
-from app.freezing.config import (
-    parse_config,
-)
+from app.freezing.config import FreezeConfig, parse_config
 from app.freezing.graph import ModelGraph
 from app.freezing.plan import parse_assumption, plan_config
 from app.jobs import folder as job_folder
@@ -112,6 +110,9 @@ class Models(Ground):
     def make_plan(self, model_id: int, doc: Mapping[str, Any]) -> Document:
         graph = self.read_graph(model_id)
         document = members(doc, drop=("assume", *CONFIG_ROW_MEMBERS))
-        config, assume = parse_config(document), parse_assumption(doc.get("assume"))
+        return self.plan_graph(graph, parse_config(document), doc.get("assume"))
+
+    def plan_graph(self, graph: ModelGraph, config: FreezeConfig, assume: Any) -> Document:
+        """The plan of a config on a graph, for the devices that there are."""
         memory = {device["id"]: device["bytes"] for device in self._runner.devices()}
-        return plan_config(graph, config, assume, memory).document()
+        return plan_config(graph, config, parse_assumption(assume), memory).document()

@@ -13,6 +13,7 @@ from app.freezing.globs import compile_match
 from app.jobs import folder as job_folder
 from app.service.documents import (
     NO_PROOF,
+    Conflict,
     Document,
     NotFound,
     find_row,
@@ -21,7 +22,7 @@ from app.service.documents import (
 from app.service.export import export_csv, export_json
 from app.service.jobs import Jobs
 from app.service.news import Event, Place, find_end, read_all_news, read_job_news
-from app.service.timeline import describe_timeline
+from app.service.timeline import describe_timeline, rules_now
 from app.store import files, jobs, samples
 from app.store.tables import Job, Proof
 from app.training.places import checkpoint_path, checkpoint_steps
@@ -88,6 +89,23 @@ class Records(Jobs):
         return describe_timeline(
             job, attempts, parse_config(job.config), self.read_graph(job.model_id)
         )
+
+    def plan_job(self, job_id: int, *, now: bool = False) -> Document | None:
+        """The plan of a job's config as it began, or with what changed since; None without one."""
+        with self._db.read() as session:
+            job = find_row(session, Job, job_id)
+        config = parse_config(job.config)
+        try:
+            graph = self.read_graph(job.model_id)
+        except Conflict:
+            return None
+        training = job.spec["training"]
+        assume = {key: training[key] for key in ("batch_size", "optimizer", "precision")}
+        return self.plan_graph(graph, rules_now(job, config) if now else config, assume)
+
+    def count_layers(self, job_id: int) -> int:
+        with self._db.read() as session:
+            return len(samples.read_layers(session, job_id))
 
     def list_checkpoints(self, job_id: int) -> list[Document]:
         """Complete checkpoints, oldest first.

@@ -1,6 +1,7 @@
 """Timeline: what is frozen in a job now, and at which steps that changed. It changes nothing."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 
 from app.freezing.config import Change, FreezeConfig, expand_rules, match_names, rule_document
 from app.freezing.graph import ModelGraph
@@ -54,6 +55,13 @@ def describe_timeline(
         "changes": changes,
         "waiting": [edit["rules"] for edit in edits if edit["step"] is None and not _is_over(edit)],
     }
+
+
+def rules_now(job: Job, config: FreezeConfig) -> FreezeConfig:
+    """The config with the changes of its schedule that hold by now among its rules."""
+    due = [c for c in config.schedule if (_first_step(job, c) or 10**18) <= job.step + 1]
+    due.sort(key=lambda change: _first_step(job, change) or 0)
+    return replace(config, rules=(*config.rules, *(change.rule for change in due)), schedule=())
 
 
 def _key(rule: Mapping[str, str]) -> tuple[str, ...]:
