@@ -1,4 +1,5 @@
 // Starts each island by its data- attribute, and what every page shares: local times, questions, quick buttons.
+import { startKeys, startQuestions } from "./keys.js";
 import { startLive } from "./live.js";
 
 const islands = {
@@ -27,11 +28,7 @@ function start(within) {
   }
 }
 
-// Destructive things ask first.
-document.addEventListener("submit", (event) => {
-  const question = event.target.dataset.confirm;
-  if (question && !window.confirm(question)) event.preventDefault();
-});
+startQuestions(); // before every other listener of submit
 
 // A job's buttons without a whole page: post, then let the parts that show the state ask again.
 document.addEventListener("submit", async (event) => {
@@ -64,5 +61,6 @@ document.addEventListener("keydown", (event) => {
 });
 
 document.addEventListener("htmx:afterSwap", () => start(document));
+startKeys();
 start(document);
 startLive();

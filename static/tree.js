@@ -155,7 +155,8 @@ export function startTree(form, { rows, tick, opened }) {
     if (keys[event.key]) {
       event.preventDefault();
       keys[event.key]();
-    } else if (event.key.length === 1 && event.key !== "/") {
+    } else if (event.key.length === 1 && !"/?".includes(event.key)) {
+      event.preventDefault();
       typeAhead(event.key, rows, at);
     }
   });

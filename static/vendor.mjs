@@ -14,8 +14,9 @@ const icons = [
   "snowflake", "flame", "circle-dashed", "arrow-left", "pause", "play", "square", "rotate-cw", "trash-2", "download",
   "upload", "search", "undo-2", "redo-2", "sun-moon", "chevron-right", "chevron-down", "plus", "triangle-alert",
   "octagon-alert", "check", "x", "shield-check", "shield-alert", "shield-ellipsis", "save", "copy", "clock", "moon",
-  "log-out", "link-2", "minus", "lock", "keyboard", "arrow-right", "bell", "refresh-cw", "zoom-in", "zoom-out", "maximize",
-  "file-text", "layers", "trophy",
+  "log-out", "link-2", "minus", "lock", "keyboard", "arrow-right", "arrow-up", "arrow-down", "pencil", "info",
+  "git-compare", "layers", "eye", "file-braces", "sparkles", "list-checks", "chevron-up",
+  "bell", "refresh-cw", "zoom-in", "zoom-out", "maximize", "file-text", "trophy",
 ];
 
 mkdirSync(target, { recursive: true });

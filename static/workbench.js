@@ -1,4 +1,5 @@
 // The workbench: ticks, rules and presets go to the server one after another; rules, plan and tree follow the answer.
+import { isTyping, singleKeysAct } from "./keys.js";
 import { applyStates, startTree } from "./tree.js";
 
 const TYPING_MS = 250;
@@ -129,8 +130,8 @@ export function startWorkbench(form) {
   });
 
   document.addEventListener("keydown", (event) => {
-    const typing = event.target.matches("input, textarea, select");
-    if (event.key === "/" && !typing) {
+    const typing = isTyping(event.target);
+    if (event.key === "/" && !typing && singleKeysAct()) {
       event.preventDefault();
       form.elements.search.focus();
     }
