@@ -115,14 +115,15 @@ function jobSignals(id) {
 }
 
 function listSignals() {
-  const list = throttled("jobs:changed", 500);
+  const signals = [throttled("jobs:changed", 700), throttled("sweep:curves", 2500)];
+  const list = () => signals.forEach((signal) => signal());
   const rows = new Map();
   return {
     all: list,
     hear(job) {
       // A row of its own asks for itself alone; a job that is not listed may have to be.
       const row = document.getElementById(`job-${job.id}`);
-      if (!row || (row.dataset.state !== job.state && !LIVE.includes(job.state))) return list();
+      if (!row?.hasAttribute("hx-get") || (row.dataset.state !== job.state && !LIVE.includes(job.state))) return list();
       if (!rows.has(job.id)) rows.set(job.id, throttled(`job-${job.id}:changed`, 1000));
       rows.get(job.id)();
     },

@@ -168,6 +168,13 @@ async function startRatios(section, jobs) {
   if (!place) return;
   const found = await Promise.all(jobs.map((job) => read(job.layers, { stat: "update_ratio", points: 200 })));
   const layers = [...new Set(found.flatMap((matrix) => matrix.layers))];
+  const head = place.querySelector("thead").insertRow();
+  for (const text of ["Layer", ...jobs.map((job) => job.name)]) {
+    const cell = document.createElement("th");
+    cell.scope = "col";
+    cell.textContent = text;
+    head.append(cell);
+  }
   const body = place.querySelector("tbody");
   const levels = found.map((matrix) => new Map(matrix.layers.map((layer, i) => [layer, median(matrix.values[i])])));
   const all = levels.flatMap((level) => [...level.values()]).filter((v) => v > 0).map(Math.log10);

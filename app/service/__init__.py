@@ -2,13 +2,13 @@
 
 from app.service.documents import Conflict, Document, NotFound
 from app.service.ground import RunnerStatus
-from app.service.records import Records
+from app.service.sweeps import Sweeps
 from app.service.system import System
 
 __all__ = ["Conflict", "Document", "NotFound", "RunnerStatus", "Service"]
 
 
-class Service(Records, System):
+class Service(Sweeps, System):
     """The verbs: synchronous, and callable from any thread.
 
     They take and give JSON-ready documents in the contract's shapes; a number that is not finite is

@@ -11,12 +11,12 @@ from sqlmodel import Session
 
 from app.freezing.errors import InvalidDocument
 from app.store import catalog, jobs
-from app.store.tables import FreezeConfigRow, Job, Model, Task
+from app.store.tables import FreezeConfigRow, Job, Model, Sweep, Task
 
 Document = dict[str, Any]
-Row = TypeVar("Row", Model, FreezeConfigRow, Job, Task)
+Row = TypeVar("Row", Model, FreezeConfigRow, Job, Task, Sweep)
 
-NOUNS = {Model: "model", FreezeConfigRow: "config", Job: "job", Task: "task"}
+NOUNS = {Model: "model", FreezeConfigRow: "config", Job: "job", Task: "task", Sweep: "sweep"}
 # Members that a saved config has beside those of the freeze config itself.
 CONFIG_ROW_MEMBERS = (
     "id", "model_id", "created_at", "updated_at", "frozen_count", "trainable_count",
@@ -182,6 +182,7 @@ def _describe_job(job: Job, pid: int | None) -> Document:
         "notes": job.notes,
         "model_id": job.model_id,
         "config_id": job.config_id,
+        "sweep_id": job.sweep_id,
         **{key: job.spec[key] for key in ("model", "config", "dataset", "training")},
         "step": job.step,
         "total_steps": job.total_steps,

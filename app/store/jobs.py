@@ -7,7 +7,7 @@ from sqlalchemy import text, update
 from sqlalchemy.orm import defer
 from sqlmodel import Session, col, delete, select
 
-from app.store.tables import Attempt, Job, Layer, LayerStat, Metric, Proof, utc_now
+from app.store.tables import Attempt, Job, Layer, LayerStat, Metric, Proof, Sweep, utc_now
 
 TRANSITIONS: Mapping[str, frozenset[str]] = {
     "queued": frozenset({"starting", "stopped"}),
@@ -71,6 +71,12 @@ def move_job(session: Session, job: Job, state: str, **changes: Any) -> bool:
 def list_jobs(session: Session, limit: int, before: int | None = None) -> Sequence[Job]:
     query = select(Job).options(_WITHOUT_CONFIG).order_by(col(Job.id).desc()).limit(limit)
     return session.exec(query if before is None else query.where(col(Job.id) < before)).all()
+
+
+def jobs_of_sweep(session: Session, sweep_id: int) -> Sequence[Job]:
+    """A sweep's jobs, in the order in which they were asked for."""
+    query = select(Job).options(_WITHOUT_CONFIG).where(Job.sweep_id == sweep_id)
+    return session.exec(query.order_by(col(Job.id))).all()
 
 
 def jobs_changed_since(session: Session, version: int, limit: int = 100) -> Sequence[Job]:
@@ -181,6 +187,8 @@ def delete_job(session: Session, job: Job) -> None:
         session.exec(delete(table).where(col(table.job_id) == job.id))
     session.delete(job)
     session.flush()
+    if job.sweep_id is not None and not jobs_of_sweep(session, job.sweep_id):
+        session.exec(delete(Sweep).where(col(Sweep.id) == job.sweep_id))
 
 
 def give_space_back(session: Session) -> None:

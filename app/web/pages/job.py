@@ -183,7 +183,7 @@ def change_freeze(
     return _do(request, job_id, lambda: service_of(request).change_freeze(job_id, change), query)
 
 
-# --------------------------------------------------------------------------------------------- verbs
+# -------------------------------------------------------------------------------------------- verbs
 
 
 def _do(request: Request, job_id: int, verb: Callable[[], object], query: str = "") -> Response:

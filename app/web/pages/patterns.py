@@ -7,8 +7,8 @@ from dataclasses import replace
 from fastapi import APIRouter, Depends, Request, Response
 
 from app.web.guard import signed_in
-from app.web.render import JOB_STATES, render_page, shell
 from app.web.job_views import JobView
+from app.web.render import JOB_STATES, render_page, shell
 from app.web.views import Fault, Field, Measure, PatternsView, PlanPanel, RuleRow, TreeRow
 
 router = APIRouter(dependencies=[Depends(signed_in)], include_in_schema=False)
