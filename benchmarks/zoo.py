@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TRANSFORMERS_VERBOSITY"] = "error"
 
-from app.freezing.config import Rule, count_matches
+from app.freezing.config import Rule, match_names
 from app.freezing.errors import InvalidDocument
 from app.freezing.trace import trace_model
 from app.sources.hub import load_library
@@ -51,7 +51,7 @@ def try_model(uri: str) -> tuple[str, str, float]:
     except Exception as error:  # the point is to name every one
         return "none", f"{type(error).__name__}: {error!s:.200}", time.perf_counter() - started
     graph = trace_model(built.model, built.example)
-    assert count_matches(Rule("freeze", "**"), graph) == graph.tensor_count
+    assert len(match_names(Rule("freeze", "**"), graph)) == graph.tensor_count
     far = "tree" if graph.traced_by == "none" else "graph"
     return far, graph.trace_note[:200], time.perf_counter() - started
 

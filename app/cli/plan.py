@@ -121,7 +121,7 @@ def verify(
 ) -> None:
     """Compare two checkpoints: frozen tensors bit-identical, trained ones moved."""
     from app.freezing.config import parse_config
-    from app.freezing.proof import compare_checkpoints
+    from app.freezing.verify import compare_checkpoints
 
     proof = compare_checkpoints(before, after, parse_config(read_json_file(config)))
     print(json.dumps(proof) if json_ else proof_words(proof))

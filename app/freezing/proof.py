@@ -1,11 +1,9 @@
-"""Digests before, during and after; what moved that must not. Knows no loop and no optimizer."""
+"""Digests before, during and after; what moved that must not. Knows no loop and no recipe."""
 
 from __future__ import annotations
 
-import hashlib
-import json
-from collections.abc import Iterable, Iterator, Mapping
-from pathlib import Path
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,36 +11,47 @@ from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from app.freezing.apply import Freeze
-from app.freezing.config import FreezeConfig, expand_rules, held_norms
-from app.freezing.errors import InvalidDocument
-from app.freezing.graph import Buffer, ModelGraph, Module, Parameter
+from app.freezing.digest import digest_tensors
+from app.freezing.witness import SIGN_OF_ZERO, Witness, explain_values
 
-# Tensors up to this size in all are kept on the host, so that a breach can be told in numbers too.
+# Frozen tensors up to this size in all are kept on the host, so that a breach can be told in exact
+# numbers; of every one beyond, so many values evenly spread, which give a lower bound.
 COPY_LIMIT_BYTES = 64 * 2**20
+SAMPLE_VALUES = 4096
 
 
-def digest_tensor(tensor: torch.Tensor) -> str:
-    """SHA-256 of a tensor's bytes in C order: equal exactly when bit-identical, even NaN and −0."""
-    flat = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
-    return hashlib.sha256(flat.numpy().data).hexdigest()
+@dataclass(frozen=True)
+class _Copy:
+    """What a tensor was: every `stride`-th value of it, on the host."""
+
+    values: torch.Tensor
+    stride: int
+
+    @classmethod
+    def of(cls, tensor: torch.Tensor, whole: bool) -> _Copy:
+        stride = 1 if whole else max(1, tensor.numel() // SAMPLE_VALUES)
+        kept = tensor.detach()
+        return cls((kept if stride == 1 else kept.flatten()[::stride]).cpu().clone(), stride)
 
 
 class Proof:
     """Checks that what is frozen stayed bit-identical to where it was frozen.
 
-    A digest of every parameter and buffer is taken when the object is made, and of what is newly
-    frozen at `follow`; `check` takes them again.
+    A digest of every parameter and buffer is taken, where it lies, when the object is made, and of
+    what is newly frozen at `follow`; `check` takes them again. In between, every optimizer of this
+    process is watched, so that a breach can be told with its cause.
     """
 
     def __init__(self, freeze: Freeze) -> None:
         self._freeze = freeze
         self._start: dict[str, str] = {}
-        self._copies: dict[str, torch.Tensor] = {}
+        self._copies: dict[str, _Copy] = {}
         self._room = COPY_LIMIT_BYTES
         self._held = set(freeze.held_buffers)
         self._breaches: list[dict[str, Any]] = []
-        self._take(freeze.parameters)
-        self._take(self._buffers())
+        self._witness = Witness()
+        self._watch()
+        self._take({**freeze.parameters, **self._buffers()})
 
     def _parameters(self) -> dict[str, torch.Tensor]:
         """What the model holds now under each name, which somebody may have replaced."""
@@ -52,13 +61,21 @@ class Proof:
     def _buffers(self) -> dict[str, torch.Tensor]:
         return dict(self._freeze.model.named_buffers())
 
+    def _frozen(self) -> dict[str, nn.Parameter]:
+        return {n: p for n, p in self._freeze.parameters.items() if self._freeze.frozen[n]}
+
+    def _watch(self) -> None:
+        self._witness.watch(self._frozen(), self._freeze.config.mechanism)
+
     def _take(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        for name, tensor in tensors.items():
-            self._start[name] = digest_tensor(tensor)
-            if name not in self._copies:
+        self._start |= digest_tensors(tensors)
+        for name in [n for n in tensors if self._freeze.frozen.get(n) or n in self._held]:
+            tensor = tensors[name]
+            known = self._copies.get(name)
+            if known is None:
                 self._room -= tensor.numel() * tensor.element_size()
-            if name in self._copies or self._room >= 0:
-                self._copies[name] = tensor.detach().cpu().clone()
+            whole = known.stride == 1 if known is not None else self._room >= 0
+            self._copies[name] = _Copy.of(tensor, whole)
 
     def follow(self, newly_frozen: Iterable[str], newly_unfrozen: Iterable[str]) -> None:
         """After a change on the running model: settle what was frozen until now, and start anew.
@@ -67,23 +84,31 @@ class Proof:
         """
         tensors = {**self._freeze.parameters, **self._buffers()}
         held = set(self._freeze.held_buffers)
-        released = [*newly_unfrozen, *(self._held - held)]
-        for name in released:
-            if digest_tensor(tensors[name]) != self._start[name]:
+        released = {name: tensors[name] for name in [*newly_unfrozen, *(self._held - held)]}
+        for name, digest in digest_tensors(released, self._start).items():
+            if digest != self._start[name]:
                 self._breaches.append(self._describe(name, tensors[name]))
         anew = [*newly_frozen, *newly_unfrozen, *(self._held ^ held)]
-        self._take({name: tensors[name] for name in anew})
         self._held = held
+        self._watch()
+        self._take({name: tensors[name] for name in anew})
 
     def state(self) -> dict[str, Any]:
         """Where everything began and what was breached since, as JSON to go with a checkpoint."""
         return {"digests": dict(self._start), "breaches": list(self._breaches)}
 
     def resume(self, state: Mapping[str, Any]) -> None:
-        """Go on from the `state` of an earlier attempt; its copies are gone."""
-        self._start.update(state["digests"])
+        """Go on from the `state` of an earlier attempt, which may have run on another device."""
+        here, earlier = self._start, state["digests"]
+        tensors = {**self._parameters(), **self._buffers()}
+        alike = digest_tensors({n: t for n, t in tensors.items() if n in earlier}, earlier)
+        # What is as it was goes on under the digest that is quick on this device.
+        self._start = {
+            **here,
+            **{n: here[n] if alike.get(n) == d and n in here else d for n, d in earlier.items()},
+        }
         self._breaches = list(state["breaches"])
-        self._copies = {n: t for n, t in self._copies.items() if digest_tensor(t) == self._start[n]}
+        self._copies = {n: c for n, c in self._copies.items() if self._start[n] == here[n]}
 
     def check(self, gradients: Mapping[str, float | None] | None = None) -> dict[str, Any]:
         """Compare everything with where it was frozen or began.
@@ -93,21 +118,24 @@ class Proof:
                 computed; tells why a trainable tensor stood still.
 
         Returns:
-            The proof in the shape of ``GET /api/jobs/{id}/proof``.
+            The proof in the shape of ``GET /api/jobs/{id}/proof``; ``gradients.present`` names what
+            is frozen by ``requires_grad`` and has, or had at a step, a gradient all the same.
         """
-        parameters = self._parameters()
-        now = {name: digest_tensor(p) for name, p in parameters.items()}
-        frozen = [n for n, is_frozen in self._freeze.frozen.items() if is_frozen]
-        trained = [n for n, is_frozen in self._freeze.frozen.items() if not is_frozen]
-        changed = [n for n in frozen if now[n] != self._start[n]]
-        still = [n for n in trained if now[n] == self._start[n]]
-        buffers = self._buffers()
+        parameters, buffers = self._parameters(), self._buffers()
         held = self._freeze.held_buffers
         buffers |= {n: torch.empty(0) for n in held if n not in buffers}  # gone: so it changed
-        drifted = [n for n in buffers if digest_tensor(buffers[n]) != self._start.get(n)]
+        now = digest_tensors({**parameters, **buffers}, self._start)
+        frozen = [n for n, is_frozen in self._freeze.frozen.items() if is_frozen]
+        trained = [n for n, is_frozen in self._freeze.frozen.items() if not is_frozen]
+        still = [n for n in trained if now[n] == self._start[n]]
+        drifted = [n for n in buffers if now[n] != self._start.get(n)]
+        without_gradient = frozen if self._freeze.config.mechanism == "requires_grad" else []
         return proof_document(
             frozen=frozen,
-            changed=self._breaches + [self._describe(n, parameters[n]) for n in changed],
+            changed=self._breaches
+            + [self._describe(n, parameters[n]) for n in frozen if now[n] != self._start[n]],
+            without_gradient=without_gradient,
+            with_gradient=self._with_gradient(without_gradient),
             trained=trained,
             still=[{"name": n, "cause": _cause_of_stillness(n, gradients or {})} for n in still],
             held=held,
@@ -115,35 +143,65 @@ class Proof:
             allowed=[n for n in drifted if n not in held],
         )
 
+    def _with_gradient(self, frozen: Iterable[str]) -> list[str]:
+        return [
+            name
+            for name in frozen
+            if name in self._witness.gradients or self._freeze.parameters[name].grad is not None
+        ]
+
     def _describe(self, name: str, tensor: torch.Tensor) -> dict[str, Any]:
-        before = self._copies.get(name)
-        difference = None if before is None else _largest_difference(before, tensor)
+        kept = self._copies.get(name)
+        difference, is_exact = None, False
+        if kept is not None:
+            is_exact = kept.stride == 1
+            now = tensor if is_exact else tensor.detach().flatten()[:: kept.stride]
+            difference = largest_difference(kept.values, now)
         return {
             "name": name,
             "largest_difference": difference,
-            "cause": _SIGN_OF_ZERO if difference == 0.0 else self._likely_cause(name),
+            "is_exact": is_exact,  # or a lower bound, from a sample of its values
+            "cause": self._likely_cause(name, tensor, kept if is_exact else None),
         }
 
-    def _likely_cause(self, name: str) -> str:
-        module = dict(self._freeze.model.named_modules()).get(name.rpartition(".")[0])
+    def _likely_cause(self, name: str, tensor: torch.Tensor, before: _Copy | None) -> str:
+        """The first that applies: the plainest facts first, inferences from values last."""
+        path, _, last = name.rpartition(".")
+        module = dict(self._freeze.model.named_modules()).get(path)
         if module is None:
             return "the module that owned it is gone"
         own = self._freeze.parameters.get(name)
-        if (
-            own is not None
-            and dict(module.named_parameters()).get(name.rpartition(".")[2]) is not own
-        ):
-            return "the model holds another tensor under this name: its parameter was replaced"
-        if isinstance(module, _NormBase):
-            return "a norm layer in train mode moves its running statistics"
-        if isinstance(module, nn.Embedding) and module.max_norm is not None:
+        if own is not None:
+            held = dict(module.named_parameters(recurse=False)).get(last)
+            if held is None:
+                return "its parameter is gone: pruning or a parametrization took its place"
+            if held is not own:
+                return "the model holds another tensor under this name: its parameter was replaced"
+        if isinstance(module, _NormBase) and own is None:
+            if module.training:
+                return "a norm layer in train mode moves its running statistics"
+            return "its norm layer was in train mode for a while, or code wrote its statistics"
+        if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.max_norm is not None:
             return "the embedding's max_norm rewrites rows in forward"
-        if self._freeze.config.mechanism == "zero_grad":
-            return "weight decay or momentum moves it although its gradient is zeroed"
-        return "something writes to it: its module's forward, a hook, or code outside the optimizer"
+        seen = self._witness.explain(name) if own is not None else None
+        if seen is not None and self._witness.saw_step(name):
+            return seen
+        told = None if before is None else explain_values(before.values, tensor)
+        if told == SIGN_OF_ZERO:
+            return told
+        if (companion := self._shares_memory(name, tensor)) is not None:
+            seen = f"it shares its memory with {companion}, which is trained"
+        unknown = "something writes to it: a forward, a hook, or code outside the optimizer"
+        return "; ".join(filter(None, (told, seen))) or unknown
 
-
-_SIGN_OF_ZERO = "the sign of a zero changed: a step of size zero turns −0.0 into +0.0"
+    def _shares_memory(self, name: str, tensor: torch.Tensor) -> str | None:
+        """Another trainable parameter in the same storage; None where there is none."""
+        place = tensor.untyped_storage().data_ptr()
+        for other, parameter in self._freeze.parameters.items():
+            is_trained = other != name and not self._freeze.frozen[other]
+            if is_trained and place and parameter.untyped_storage().data_ptr() == place:
+                return other
+        return None
 
 
 def proof_document(
@@ -155,6 +213,8 @@ def proof_document(
     held: list[str],
     drifted: list[dict[str, Any]],
     allowed: list[str],
+    without_gradient: Sequence[str] = (),
+    with_gradient: Sequence[str] = (),
 ) -> dict[str, Any]:
     """The contract's proof. Broken if and only if a frozen parameter or a held buffer changed."""
     return {
@@ -164,6 +224,7 @@ def proof_document(
             "identical": len(frozen) - len({c["name"] for c in changed} & set(frozen)),
             "changed": changed,
         },
+        "gradients": {"checked": len(without_gradient), "present": list(with_gradient)},
         "trained": {"checked": len(trained), "moved": len(trained) - len(still), "still": still},
         "buffers": {
             "checked": len(held),
@@ -174,7 +235,7 @@ def proof_document(
     }
 
 
-def _largest_difference(before: torch.Tensor, after: torch.Tensor) -> float | None:
+def largest_difference(before: torch.Tensor, after: torch.Tensor) -> float | None:
     """max |after − before| in float64; None where a difference is not a number."""
     if before.shape != after.shape or not before.numel():
         return None
@@ -189,136 +250,3 @@ def _cause_of_stillness(name: str, gradients: Mapping[str, float | None]) -> str
     if peak == 0.0:
         return "no gradient: its gradient was zero in every step"
     return "rounded away: its updates were smaller than its precision can hold"
-
-
-# ------------------------------------------------------------------------------ two checkpoints
-
-
-def compare_checkpoints(before: Path, after: Path, config: FreezeConfig) -> dict[str, Any]:
-    """The proof for two checkpoints on disk: frozen tensors bit-identical, trained ones moved.
-
-    Args:
-        before: a safetensors file, or a folder of them.
-        after: likewise.
-        config: its `frozen` and `trainable` names where it has them, else its rules on the names.
-
-    Raises:
-        InvalidDocument: a file is no checkpoint, a tensor is missing or of another shape, or the
-            rules need more than names.
-    """
-    old, new = _read_tensors(before), _read_tensors(after)
-    missing = sorted(set(old) ^ set(new))
-    if missing:
-        where = f"{', '.join(missing[:5])}{' …' if len(missing) > 5 else ''}"
-        raise InvalidDocument([("after", f"Only one of the checkpoints has {where}.")])
-    parameters, buffers = _sort_names(old, config)
-    wrong = [n for n in (*parameters, *buffers) if old[n].shape != new[n].shape]
-    if wrong:
-        raise InvalidDocument([("after", f"{wrong[0]} has another shape in each checkpoint.")])
-    same = {name: digest_tensor(old[name]) == digest_tensor(new[name]) for name in old}
-    held: list[str] = []
-    if config.norm_statistics == "freeze":
-        owners = dict.fromkeys(name.rpartition(".")[0] for name in buffers)
-        norms = set(held_norms(owners, parameters))
-        held = [
-            name
-            for name in buffers
-            if name.rpartition(".")[2] in _STATISTICS and name.rpartition(".")[0] in norms
-        ]
-
-    def describe(names: Iterable[str]) -> list[dict[str, Any]]:
-        return [
-            {
-                "name": name,
-                "largest_difference": _largest_difference(old[name], new[name]),
-                "cause": "unknown: only the two checkpoints were compared",
-            }
-            for name in names
-        ]
-
-    frozen = [name for name, is_frozen in parameters.items() if is_frozen]
-    trained = [name for name, is_frozen in parameters.items() if not is_frozen]
-    return proof_document(
-        frozen=frozen,
-        changed=describe(n for n in frozen if not same[n]),
-        trained=trained,
-        still=[{"name": n, "cause": "unknown"} for n in trained if same[n]],
-        held=held,
-        drifted=describe(n for n in held if not same[n]),
-        allowed=[n for n in buffers if n not in held and not same[n]],
-    )
-
-
-def _read_tensors(path: Path) -> dict[str, torch.Tensor]:
-    from safetensors import SafetensorError, safe_open
-
-    files = [path]
-    if path.is_dir():
-        index = path / "model.safetensors.index.json"
-        if index.is_file():
-            files = sorted({path / f for f in json.loads(index.read_text())["weight_map"].values()})
-        elif (path / "model.safetensors").is_file():
-            files = [path / "model.safetensors"]
-        else:
-            files = sorted(path.glob("*.safetensors"))
-    tensors: dict[str, torch.Tensor] = {}
-    try:
-        for file in files:
-            with safe_open(file, framework="pt") as opened:
-                tensors.update((name, opened.get_tensor(name)) for name in opened.keys())  # noqa: SIM118
-    except (OSError, SafetensorError) as error:
-        raise InvalidDocument(
-            [("path", f"{path} is not a safetensors checkpoint: {error}.")]
-        ) from error
-    if not tensors:
-        raise InvalidDocument([("path", f"{path} holds no .safetensors file with tensors in it.")])
-    return tensors
-
-
-_STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
-
-
-def _sort_names(
-    tensors: Mapping[str, torch.Tensor], config: FreezeConfig
-) -> tuple[dict[str, bool], list[str]]:
-    """(parameter name → is frozen, buffer names), by the config's lists or by its rules."""
-    if config.frozen is not None and config.trainable is not None:
-        listed = dict.fromkeys(config.frozen, True) | dict.fromkeys(config.trainable, False)
-        absent = [name for name in listed if name not in tensors]
-        if absent:
-            raise InvalidDocument([("before", f"The checkpoints have no tensor {absent[0]!r}.")])
-        return listed, [name for name in tensors if name not in listed]
-    if any(rule.type for rule in config.rules):
-        raise InvalidDocument(
-            [
-                (
-                    "config",
-                    "A rule by type needs the model: use a downloaded config, which lists names.",
-                )
-            ]
-        )
-    buffers = [name for name in tensors if name.rpartition(".")[2] in _STATISTICS]
-    names = [name for name in tensors if name not in buffers]
-    return expand_rules(config, _graph_of_names(tensors, names)), buffers
-
-
-def _graph_of_names(tensors: Mapping[str, torch.Tensor], names: Iterable[str]) -> ModelGraph:
-    parameters = tuple(_parameter_of(name, tensors[name]) for name in names)
-    return ModelGraph(modules=tuple(_modules_of(parameters)), parameters=parameters)
-
-
-def _parameter_of(name: str, tensor: torch.Tensor) -> Parameter:
-    size = tensor.numel() * tensor.element_size()
-    dtype = str(tensor.dtype).removeprefix("torch.")
-    floating = tensor.is_floating_point()
-    return Parameter(name, tuple(tensor.shape), dtype, tensor.numel(), size, floating, floating)
-
-
-def _modules_of(parameters: Iterable[Parameter]) -> Iterator[Module]:
-    owned: dict[str, list[str]] = {}
-    for parameter in parameters:
-        owned.setdefault(parameter.name.rpartition(".")[0], []).append(parameter.name)
-    for path, names in owned.items():
-        yield Module(
-            path, "Module", path.count(".") + 1, tuple(names), buffers=tuple[Buffer, ...]()
-        )

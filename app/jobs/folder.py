@@ -7,6 +7,7 @@
                       wish.json         what the server wants now, replaced as a whole
                       telemetry.spool   what happened: records, appended
                       log.txt           what the process printed
+                      found.json        what a task found out, a preview for example
                       result.json       the worker's last act
                       exit.json         how the process ended, written by the one who waited for it
 
@@ -29,6 +30,7 @@ from pathlib import Path
 from typing import Any
 
 FORMAT = 1
+FOUND = "found.json"
 
 OUTCOMES = ("succeeded", "stopped", "released", "failed")
 REASONS = (

@@ -450,7 +450,11 @@ class Runner:
         directory = folder / "attempts" / "1"
         watch = self._watches.setdefault(directory, Watch(now))
         if directory.is_dir() and not self._has_ended(directory, task.pid, watch, now):
-            if task.state == "stopping":
+            written = _written_files(directory)
+            if written != watch.written or _is_stopped(task.pid):
+                watch.written, watch.progress_at = written, now
+            watch.has_stalled |= now - watch.progress_at >= self._settings.stall_seconds
+            if task.state == "stopping" or watch.has_stalled:
                 self._signal(directory, task.pid, signal.SIGKILL)
             return
         self._watches.pop(directory, None)
@@ -458,6 +462,9 @@ class Runner:
         if task.state == "stopping":
             self._db.write(lambda s: _end_task(s, task, "stopped"))
         elif result is not None and result["outcome"] == "succeeded":
+            if task.kind != "inspect":  # what it found lies in its folder, for whoever asks
+                self._db.write(lambda s: _end_task(s, task, "succeeded"))
+                return
             try:
                 self._keep_graph(task, directory)
             except (ValueError, KeyError, TypeError) as error:
@@ -468,7 +475,7 @@ class Runner:
             self._db.write(lambda s: _requeue_task(s, task))  # a crash before the start
             return
         else:
-            _, reason, message = _judge(result, ended)
+            _, reason, message = _judge(result, ended, has_stalled=watch.has_stalled)
             self._db.write(lambda s: _end_task(s, task, "failed", reason, message))
             return
         files.remove_folder(folder)
@@ -590,7 +597,7 @@ def _judge(
             message += f" It was to stop, and did not by itself; there is no checkpoint {newest}."
         return "stopped", reason, message
     if has_stalled:
-        return "failed", "stalled", "The worker made no step for too long and was ended."
+        return "failed", "stalled", "The worker got nowhere for too long and was ended."
     return _explain_end(ended, job)
 
 

@@ -19,6 +19,7 @@ import threading
 import traceback
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -170,16 +171,22 @@ def _run(
         document = {**graph.to_document(), "weights_digest": digest}
         job_folder.write_document(directory / "graph.json", document)
         return "succeeded", 0
+    if is_preview:
+        from app.sources.preview import preview_dataset
+
+        preview_dataset(
+            data_spec,
+            code_dirs=code_dirs,
+            seed=recipe.seed,
+            intake=built.intake,
+            keep=partial(job_folder.write_document, directory / job_folder.FOUND),
+        )
+        return "succeeded", 0
 
     from app.sources.datasets import build_data
     from app.training import loop
 
     data = build_data(data_spec, code_dirs=code_dirs, seed=recipe.seed, intake=built.intake)
-    if is_preview:
-        from app.sources.preview import preview_data
-
-        job_folder.write_document(directory / "preview.json", preview_data(data))
-        return "succeeded", 0
     device = facts["device"]
     if device == "auto":  # started by hand: nobody has chosen one
         device = "cuda:0" if torch.cuda.is_available() else "cpu"
@@ -206,7 +213,7 @@ def _run(
 
 def _digest_weights(model: Any) -> str | None:
     """SHA-256 of what a checkpoint would hold, by name; None where weights are not there yet."""
-    from app.freezing.proof import digest_tensor
+    from app.freezing.digest import digest_tensor
     from app.sources.hub import is_weightless
     from app.training.checkpoint import model_tensors
 
@@ -410,6 +417,10 @@ def _classify(error: BaseException) -> str:
             return reason
     if isinstance(error, ImportError):
         return "import_error"
+    if type(error).__name__ == "InvalidDocument" and all(
+        field.partition(".")[0] == "dataset" for field, _ in getattr(error, "errors", ())
+    ):
+        return "data_error"
     reason = getattr(error, "reason", None)
     return (
         reason if reason in job_folder.REASONS else _REASONS.get(type(error).__name__, "user_code")

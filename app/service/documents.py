@@ -26,6 +26,7 @@ MAX_ID = 2**63 - 1
 NO_PROOF: Document = {
     "verdict": "pending",
     "frozen": {"checked": 0, "identical": 0, "changed": []},
+    "gradients": {"checked": 0, "present": []},
     "trained": {"checked": 0, "moved": 0, "still": []},
     "buffers": {"checked": 0, "identical": 0, "changed": [], "allowed": []},
 }

@@ -7,17 +7,20 @@ import shutil
 from datetime import UTC, datetime, timedelta
 
 import psutil
+from sqlmodel import Session
 
 from app import __version__
+from app.jobs import folder as job_folder
 from app.service.documents import (
     Document,
     digest,
     error_document,
     find_row,
     iso,
+    members,
 )
 from app.service.ground import Ground
-from app.store import catalog, jobs
+from app.store import catalog, files, jobs
 from app.store.tables import Task
 
 LINK_MINUTES = 15
@@ -28,18 +31,41 @@ class System(Ground):
     """Verbs on the machine and the door."""
 
     def get_task(self, task_id: int) -> Document:
+        """A task's state, and what it found out: `result`, None until then.
+
+        What an inspection finds is the model's tree; a preview that failed still tells what it saw.
+        """
         with self._db.read() as session:
             task = find_row(session, Task, task_id)
+        has_ended = task.kind != "inspect" and task.ended_at is not None
+        folder = files.task_folder(self._settings.data_dir, task_id) / "attempts" / "1"
+        found = job_folder.read_document(folder / job_folder.FOUND) if has_ended else None
         return {
             "id": task.id,
             "kind": task.kind,
             "model_id": task.model_id,
             "state": task.state,
             "error": error_document(task),
+            "result": found and members(found, drop=("format",)),
             "created_at": task.created_at,
             "started_at": task.started_at,
             "ended_at": task.ended_at,
         }
+
+    def stop_task(self, task_id: int) -> Document:
+        """End a task; one that has ended stays as it is."""
+
+        def stop(session: Session) -> None:
+            task = find_row(session, Task, task_id)
+            if task.state == "queued":
+                catalog.end_task(session, task, "stopped")
+            elif task.state == "running":
+                task.state = "stopping"
+                session.add(task)
+
+        self._db.write(stop)
+        self._runner.wake()
+        return self.get_task(task_id)
 
     def health(self) -> Document:
         """`workers` is how many jobs can run at once; 0 while no worker can be started."""

@@ -16,7 +16,14 @@ from app.sources.demo.networks import input_shape
 from app.sources.demo.planes import TRAIN_SIZE, draw_divided
 from app.sources.intake import Intake
 from app.sources.items import Items, make_encoder
-from app.sources.rows import check_values, choose_columns, name_classes, read_labels, read_rows
+from app.sources.rows import (
+    Rows,
+    check_values,
+    choose_columns,
+    name_classes,
+    read_labels,
+    read_rows,
+)
 from app.sources.spec import FILE_SCHEMES, SET_NAME_WORDS, DatasetSpec, is_set_name, split_uri
 from app.sources.user_code import (
     call_factory,
@@ -41,6 +48,7 @@ class Data:
         num_workers: processes that load batches.
         columns: role → column of a table, as they were named or guessed; empty where it is none.
         class_names: of the labels, by class id; empty where nobody knows.
+        split: where the evaluation sets come from, in a sentence.
     """
 
     train: Any
@@ -50,10 +58,16 @@ class Data:
     num_workers: int = 0
     columns: Mapping[str, str] = field(default_factory=dict)
     class_names: tuple[str, ...] = ()
+    split: str = "Nothing is held out, so nothing is evaluated."
 
 
 def build_data(
-    spec: DatasetSpec, *, code_dirs: Sequence[Path], seed: int, intake: Intake | None = None
+    spec: DatasetSpec,
+    *,
+    code_dirs: Sequence[Path],
+    seed: int,
+    intake: Intake | None = None,
+    rows: Rows | None = None,
 ) -> Data:
     """Build the sets that `spec` names.
 
@@ -61,7 +75,8 @@ def build_data(
         spec: what `parse_dataset_spec` let through.
         code_dirs: folders in which the modules of ``python:`` URIs lie.
         seed: decides which examples `eval_fraction` holds out.
-        intake: what the model takes; tables and folders cannot be read without.
+        intake: what the model takes; tables and folders cannot be prepared without.
+        rows: what `read_rows` gave for the URI, where somebody has read it already.
 
     Raises:
         InvalidDocument: a set is empty, cannot be indexed, or has items that are neither
@@ -69,7 +84,7 @@ def build_data(
         UserCodeError: a user's factory, or reading its first item, raised.
     """
     if split_uri(spec.uri)[0] in ROW_SCHEMES:
-        return _build_rows(spec, seed, intake)
+        return _build_rows(spec, seed, intake, rows or read_rows(spec.uri))
     data = _load_uri(spec.uri, spec.kwargs, code_dirs)
     if data.train is None:
         raise refuse_answer(f"{spec.uri} returned no 'train'; it needs a dataset to train on.")
@@ -121,10 +136,10 @@ def _hold_out(
                 f"{spec.uri} brings its own evaluation sets; leave 'eval_fraction' out.",
                 "dataset.eval_fraction",
             )
-        return data
+        return replace(data, split=f"It brings its own evaluation sets: {', '.join(data.evals)}.")
     fraction = spec.eval_fraction if asked else 0 if spec.eval else DEFAULT_EVAL_FRACTION
     if not fraction:
-        return data
+        return replace(data, split=Data.split if not spec.eval else "The sets that you named.")
     size = len(data.train)
     held_out = max(1, round(size * fraction))
     if held_out >= size:
@@ -140,23 +155,26 @@ def _hold_out(
         order = np.concatenate([order[taken.astype(int)], np.delete(order, taken.astype(int))])
     # Sorted, so that a dataset that reads from disk is read in its own order.
     evaluated, trained = sorted(order[:held_out].tolist()), sorted(order[held_out:].tolist())
+    how = "each class by its share" if labels is not None else "drawn at random"
     return replace(
-        data, train=Subset(data.train, trained), evals={"eval": Subset(data.train, evaluated)}
+        data,
+        train=Subset(data.train, trained),
+        evals={"eval": Subset(data.train, evaluated)},
+        split=f"{held_out:,} of {size:,} are held out as 'eval', {how}, with seed {seed}.",
     )
 
 
 # ----------------------------------------------------------------------- tables and image folders
 
 
-def _build_rows(spec: DatasetSpec, seed: int, intake: Intake | None) -> Data:
-    """Read rows, choose their columns and classes, check them, and encode them for the model."""
+def _build_rows(spec: DatasetSpec, seed: int, intake: Intake | None, rows: Rows) -> Data:
+    """Choose the columns and classes of rows, check them, and encode them for the model."""
     if intake is None:
         raise refuse_answer(
             f"The model does not say what it takes, so {spec.uri} cannot be prepared for it; give "
             "a python: dataset.",
             "dataset.uri",
         )
-    rows = read_rows(spec.uri)
     columns = choose_columns(rows, intake, spec)
     label = columns.get("label") or columns.get("labels")
     labels = read_labels(rows.sets["train"], label) if label else []
@@ -191,7 +209,7 @@ def _build_rows(spec: DatasetSpec, seed: int, intake: Intake | None) -> Data:
     )
     by_class = [ids[value] for value in labels] if "label" in columns else None
     data = _hold_out(data, spec, seed, by_class)
-    run_user_code(lambda: data.train[0], f"The first row of {spec.uri}")
+    run_user_code(lambda: data.train[0], f"The first row of {spec.uri}", "data_error")
     return data
 
 

@@ -1,56 +1,167 @@
-"""A few examples of a dataset with their labels, as JSON values. Knows no model."""
+"""Shows a dataset before a job starts: columns, classes, split, examples, as JSON values."""
 
 from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from math import isfinite
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils.data import Subset
+from torch.utils.data import Subset, TensorDataset
 
-from app.sources.datasets import Data
+from app.freezing.errors import InvalidDocument
+from app.sources.datasets import ROW_SCHEMES, Data, build_data
 from app.sources.hub import load_library
-from app.sources.items import Items
+from app.sources.intake import Intake
+from app.sources.items import Items, TextEncoder
+from app.sources.rows import TASK_ROLES, Rows, read_labels, read_rows
+from app.sources.spec import DatasetSpec, split_uri
 
 EXAMPLES = 8
 TEXT_CHARACTERS = 500
+TOKENS = 64
+CLASSES = 1_000
 IMAGE_SIDE = 96
 
 
-def preview_data(data: Data, count: int = EXAMPLES) -> dict[str, Any]:
+def preview_dataset(
+    spec: DatasetSpec,
+    *,
+    code_dirs: Sequence[Path],
+    seed: int,
+    intake: Intake | None,
+    keep: Callable[[dict[str, Any]], None],
+) -> None:
+    """Look at a dataset twice: as it was read, then as a model that takes `intake` will see it.
+
+    Args:
+        keep: takes the document of each look; where the data does not fit the model, the first
+            look stays, so that somebody can see which columns there are.
+
+    Raises:
+        InvalidDocument, UserCodeError: as `build_data` does.
+    """
+    document: dict[str, Any] = {"uri": spec.uri, "task": intake.task if intake else None}
+    rows = None
+    if split_uri(spec.uri)[0] in ROW_SCHEMES:
+        rows = read_rows(spec.uri)
+        document |= show_rows(rows, intake)
+        keep(document)
+    try:
+        data = build_data(spec, code_dirs=code_dirs, seed=seed, intake=intake, rows=rows)
+        shown = preview_data(data)
+    except InvalidDocument as error:
+        faults = [{"field": field, "message": message} for field, message in error.errors]
+        keep(document | {"errors": faults})
+        raise
+    keep(document | shown)
+
+
+def show_rows(rows: Rows, intake: Intake | None) -> dict[str, Any]:
+    """What was read, before anybody knows what it is to the model.
+
+    Returns:
+        ``offered`` (every column), ``roles`` (what the model's task needs of a row), ``sizes`` and
+        ``examples`` by column.
+    """
+    train = rows.sets["train"]
+    roles = TASK_ROLES.get(intake.task, ()) if intake else ()
+    optional = ("text_pair",) if intake and intake.task == "text-classification" else ()
+    return {
+        "offered": list(rows.columns),
+        "roles": [*roles, *optional],
+        "optional": list(optional),
+        "sizes": {name: len(part) for name, part in rows.sets.items()},
+        "examples": [
+            {column: _show_value(train[index][column]) for column in rows.columns}
+            for index in _spread_indices(len(train))
+        ],
+    }
+
+
+def preview_data(data: Data) -> dict[str, Any]:
     """What a page shows before a job starts.
 
     Returns:
-        ``columns`` (role → column), ``classes`` (names by id), ``sizes`` (set → examples) and
-        ``examples``: of the training set, evenly apart; each maps a role to a text, a class's name
-        or an image as a data URI, and where the rows are not known, says shape and target.
+        ``columns`` (role → column), ``classes`` (name and how many of each set, by id), ``sizes``
+        (set → examples), ``split`` (a sentence) and ``examples``: of the training set, evenly
+        apart. Each maps a role to a text, a class's name or an image as a data URI, and
+        ``encoded`` to the tokens or the shape that the model gets; where rows are not known, it
+        says shape and target.
     """
-    size = len(data.train)
-    chosen = sorted({index * size // count for index in range(count)})
+    sets = {"train": data.train, **data.evals}
     return {
         "columns": dict(data.columns),
-        "classes": list(data.class_names),
-        "sizes": {"train": size, **{name: len(part) for name, part in data.evals.items()}},
-        "examples": [_show_example(data.train, index) for index in chosen],
+        "classes": _count_classes(sets, data.class_names),
+        "sizes": {name: len(part) for name, part in sets.items()},
+        "split": data.split,
+        "examples": [
+            _show_example(data.train, index) for index in _spread_indices(len(data.train))
+        ],
     }
+
+
+def _spread_indices(size: int) -> list[int]:
+    return sorted({index * size // EXAMPLES for index in range(EXAMPLES)})
+
+
+def _count_classes(sets: Mapping[str, Any], names: Sequence[str]) -> list[dict[str, Any]]:
+    """Every class with how many examples of it each set has; nothing where labels are not known."""
+    counted = {name: Counter(_class_ids(part)) for name, part in sets.items()}
+    present = sorted(set().union(*counted.values()))
+    ids = range(len(names)) if names else present
+    return [
+        {
+            "name": names[i] if names else str(i),
+            "counts": {name: count[i] for name, count in counted.items()},
+        }
+        for i in list(ids)[:CLASSES]
+    ]
+
+
+def _class_ids(dataset: Any) -> list[int]:
+    if isinstance(dataset, Subset):
+        whole = _class_ids(dataset.dataset)
+        return [whole[index] for index in dataset.indices] if whole else []
+    if isinstance(dataset, Items) and "label" in dataset.columns:
+        labels = read_labels(dataset.rows, dataset.columns["label"])
+        return [dataset.find_class(label) for label in labels]
+    if isinstance(dataset, TensorDataset) and len(dataset.tensors) == 2:
+        targets = dataset.tensors[1]
+        return [] if targets.is_floating_point() or targets.dim() > 1 else targets.tolist()
+    return []
 
 
 def _show_example(dataset: Any, index: int) -> dict[str, Any]:
     while isinstance(dataset, Subset):
         dataset, index = dataset.dataset, dataset.indices[index]
     if isinstance(dataset, Items):
-        row = dataset.rows[index]
-        return {
-            role: _show_image(row[column]) if role == "image" else _show_value(row[column])
-            for role, column in dataset.columns.items()
-        }
+        return _show_item(dataset, index)
     item = dataset[index]
     values = (
         item if isinstance(item, Mapping) else dict(zip(("input", "target"), item, strict=True))
     )
     return {str(name): _show_value(value) for name, value in values.items()}
+
+
+def _show_item(items: Items, index: int) -> dict[str, Any]:
+    row = items.rows[index]
+    shown = {
+        role: _show_image(row[column]) if role == "image" else _show_value(row[column])
+        for role, column in items.columns.items()
+    }
+    item = items[index]
+    if isinstance(items.encode, TextEncoder):
+        ids = list(item["input_ids"])
+        tokens = items.encode.tokenizer.convert_ids_to_tokens(ids[:TOKENS])
+        is_cut = len(ids) >= items.encode.max_length
+        return {**shown, "encoded": {"tokens": tokens, "count": len(ids), "is_full": is_cut}}
+    pixels = next(iter(item.values())) if isinstance(item, Mapping) else item[0]
+    return {**shown, "encoded": {"shape": list(pixels.shape)}}
 
 
 def _show_value(value: Any) -> Any:
@@ -60,8 +171,10 @@ def _show_value(value: Any) -> Any:
         return f"{str(value.dtype).removeprefix('torch.')} of shape {tuple(value.shape)}"
     if isinstance(value, list):
         return [_show_value(part) for part in value[:50]]
-    if isinstance(value, int | float):
+    if value is None or isinstance(value, int) or (isinstance(value, float) and isfinite(value)):
         return value
+    if hasattr(value, "convert"):
+        return _show_image(value)
     return str(value)[:TEXT_CHARACTERS]
 
 

@@ -273,6 +273,6 @@ def name_classes(labels: Sequence[Any], rows: Rows, intake: Intake, uri: str) ->
         raise refuse_answer(
             f"{uri} has labels up to class {most}, outside the model's head of {intake.classes} "
             f"classes; give the model 'num_classes': {most + 1}.",
-            "num_classes",
+            "dataset.columns.label",
         )
     return ids

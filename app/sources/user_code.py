@@ -21,7 +21,8 @@ class UserCodeError(Exception):
     """A user's own code failed; ``__cause__`` is what it raised.
 
     Attributes:
-        reason: ``import_error`` where its module could not be imported, else ``user_code``.
+        reason: ``import_error`` where its module could not be imported, ``data_error`` where a
+            row broke a library's code, else ``user_code``.
     """
 
     def __init__(self, message: str, reason: str) -> None:
@@ -53,8 +54,11 @@ def call_factory(
     return run_user_code(lambda: factory(**kwargs), f"python:{entry_point}")
 
 
-def run_user_code(call: Callable[[], Any], where: str) -> Any:
+def run_user_code(call: Callable[[], Any], where: str, reason: str = "user_code") -> Any:
     """Make a call into a user's code, naming `where` it was where that raises.
+
+    Args:
+        reason: what to blame; ``data_error`` where the code is a library's, and the data is theirs.
 
     Raises:
         UserCodeError: whatever it raised, as a sentence, but for running out of memory.
@@ -64,7 +68,7 @@ def run_user_code(call: Callable[[], Any], where: str) -> Any:
     except _NOT_WRAPPED:
         raise
     except Exception as error:
-        raise UserCodeError(f"{where} raised {_describe(error)}", "user_code") from error
+        raise UserCodeError(f"{where} raised {_describe(error)}", reason) from error
 
 
 def _import_module(name: str, code_dirs: Sequence[Path]) -> ModuleType:

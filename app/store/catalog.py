@@ -30,7 +30,8 @@ def list_configs(
 
 def task_of_model(session: Session, model_id: int) -> Task | None:
     """The inspection of a model."""
-    query = select(Task).where(Task.model_id == model_id).order_by(col(Task.id).desc())
+    query = select(Task).where(Task.model_id == model_id, Task.kind == "inspect")
+    query = query.order_by(col(Task.id).desc())
     return session.exec(query).first()
 
 
@@ -48,10 +49,19 @@ def end_task(
     task.ended_at, task.pid = utc_now(), None
     session.add(task)
     model = session.get(Model, task.model_id) if task.model_id is not None else None
-    if model is not None and state != "succeeded":
+    if model is not None and state != "succeeded" and task.kind == "inspect":
         model.state, model.error_reason, model.error_message = "failed", reason, message
         session.add(model)
     session.flush()
+
+
+def drop_tasks(session: Session, kind: str, keep: int) -> list[int]:
+    """Remove the rows of ended tasks of a kind but for the newest; the ids of those removed."""
+    query = select(Task).where(Task.kind == kind, col(Task.ended_at).is_not(None))
+    old = session.exec(query.order_by(col(Task.id).desc()).offset(keep)).all()
+    for task in old:
+        session.delete(task)
+    return [task.id for task in old if task.id is not None]
 
 
 def count_jobs_of_model(session: Session, model_id: int) -> int:

@@ -49,7 +49,7 @@ class FreezeConfigRow(SQLModel, table=True):
 
 
 class Task(SQLModel, table=True):
-    """One inspection of a model: its own queue and slot, a single attempt."""
+    """One inspection or preview: its own queue and slot, a single attempt."""
 
     __tablename__ = "task"
     __table_args__ = _NEVER_REUSED

@@ -167,12 +167,66 @@ class WorkbenchView:
     block_count: int = 0
     fields: Sequence[Field] = ()
     more_fields: Sequence[Field] = ()
+    columns: Sequence[tuple[str, str]] = ()
     faults: Sequence[Fault] = ()
     saved: Sequence[Document] = ()
     mechanisms: Sequence[str] = MECHANISMS
     norm_policies: Sequence[str] = NORM_POLICIES
     dropout_policies: Sequence[str] = DROPOUT_POLICIES
     presets: Sequence[tuple[str, str]] = PRESETS
+
+
+@dataclass(frozen=True, slots=True)
+class PreviewView:
+    """A dataset as a model will see it. `address` is the workbench's, with what was chosen there.
+
+    Attributes:
+        task: as the interface answers it; its `result` may be there though it failed.
+        hidden: what was chosen, for a form that sends it again.
+    """
+
+    shell: Shell
+    model_id: int
+    task: Document
+    address: str = ""
+    hidden: Sequence[tuple[str, str]] = ()
+
+    @property
+    def is_waiting(self) -> bool:
+        return self.task["state"] in ("queued", "running", "stopping")
+
+    @property
+    def result(self) -> Document:
+        return self.task["result"] or {}
+
+    @property
+    def fault(self) -> str:
+        return self.task["error"]["message"] if self.task["error"] else ""
+
+    @property
+    def columns(self) -> Sequence[Field]:
+        """One select for each role that the model needs a column for."""
+        chosen, optional = self.result.get("columns") or {}, self.result.get("optional") or ()
+        wished = dict(self.hidden)
+        offered = tuple(self.result.get("offered") or ())
+        return [
+            Field(
+                f"train.columns.{role}",
+                f"{role.replace('_', ' ')}{' (optional)' if role in optional else ''}",
+                chosen.get(role) or wished.get(f"train.columns.{role}", ""),
+                choices=("", *offered),
+            )
+            for role in self.result.get("roles") or ()
+        ]
+
+    @property
+    def example_columns(self) -> Sequence[str]:
+        examples = self.result.get("examples") or ()
+        return [name for name in (examples[0] if examples else ()) if name != "encoded"]
+
+    @property
+    def set_names(self) -> Sequence[str]:
+        return list(self.result.get("sizes") or ())
 
 
 @dataclass(frozen=True, slots=True)

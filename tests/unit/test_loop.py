@@ -13,7 +13,7 @@ from torch import nn
 
 from app.freezing.config import parse_config
 from app.freezing.errors import InvalidDocument
-from app.freezing.proof import compare_checkpoints
+from app.freezing.verify import compare_checkpoints
 from app.sources.models import BuiltModel
 from app.training.judge import compute_loss, evaluate_set
 from app.training.loop import NonFinite, Outcome

@@ -48,12 +48,12 @@ def nudge(tensor: torch.Tensor) -> None:
 # ------------------------------------------------------------------- code that writes to a weight
 
 
-@breaks("plain", "layer1", {"layer1.weight"})
+@breaks("plain", "layer1", {"layer1.weight"}, "behind autograd")
 def forward_writes_to_data(model: Plain, *_: Any) -> None:
     model.layer1.register_forward_pre_hook(lambda m, _: m.weight.data.mul_(0.999))
 
 
-@breaks("plain", "layer1", {"layer1.bias"})
+@breaks("plain", "layer1", {"layer1.bias"}, "in place")
 def forward_writes_without_grad(model: Plain, *_: Any) -> None:
     def write(module: nn.Linear, *_: Any) -> None:
         with torch.no_grad():
@@ -62,34 +62,34 @@ def forward_writes_without_grad(model: Plain, *_: Any) -> None:
     model.layer1.register_forward_hook(write)
 
 
-@breaks("plain", "layer1", {"layer1.weight"})
+@breaks("plain", "layer1", {"layer1.weight"}, "behind autograd")
 def backward_hook_writes(model: Plain, *_: Any) -> None:
     model.layer3.register_full_backward_hook(lambda *_: nudge(model.layer1.weight))
 
 
-@breaks("plain", "layer1", {"layer1.weight"})
+@breaks("plain", "layer1", {"layer1.weight"}, "behind autograd")
 def tensor_hook_of_a_neighbour_writes(model: Plain, *_: Any) -> None:
     model.layer2.weight.register_hook(lambda _: nudge(model.layer1.weight))
 
 
-@breaks("plain", "layer1", {"layer1.weight"})
+@breaks("plain", "layer1", {"layer1.weight"}, "behind autograd")
 def accumulate_hook_writes(model: Plain, *_: Any) -> None:
     model.layer2.weight.register_post_accumulate_grad_hook(lambda _: nudge(model.layer1.weight))
 
 
-@breaks("plain", "layer1", {"layer1.weight"})
+@breaks("plain", "layer1", {"layer1.weight"}, "behind autograd")
 def optimizer_hook_writes(model: Plain, _: Freeze, optimizer: Optimizer) -> None:
     optimizer.register_step_post_hook(lambda *_: nudge(model.layer1.weight))
 
 
-@breaks("plain", "layer1", LAYER1)
+@breaks("plain", "layer1", LAYER1, "behind autograd")
 def all_weights_are_clamped(model: Plain, *_: Any) -> Iterator[None]:
     yield
     for parameter in model.parameters():
         parameter.data.clamp_(-0.05, 0.05)
 
 
-@breaks("plain", "layer1", LAYER1)
+@breaks("plain", "layer1", LAYER1, "behind autograd")
 def an_average_is_copied_back(model: Plain, *_: Any) -> Iterator[None]:
     # the average of a constant is not bit-identical to it
     average = {n: p.detach().clone() for n, p in model.named_parameters()}
@@ -100,33 +100,33 @@ def an_average_is_copied_back(model: Plain, *_: Any) -> Iterator[None]:
         parameter.data.copy_(average[name])
 
 
-@breaks("plain", "layer1", LAYER1)
+@breaks("plain", "layer1", LAYER1, "went through float16")
 def weights_go_through_half_precision(model: Plain, *_: Any) -> Iterator[None]:
     yield
     model.half().float()
 
 
-@breaks("plain", "layer1", LAYER1)
+@breaks("plain", "layer1", LAYER1, "went through bfloat16")
 def weights_go_through_one_vector_in_bfloat16(model: Plain, *_: Any) -> Iterator[None]:
     yield
     vector = nn.utils.parameters_to_vector(model.parameters()).detach()
     nn.utils.vector_to_parameters(vector.bfloat16().float(), model.parameters())
 
 
-@breaks("plain", "layer1", LAYER1)
+@breaks("plain", "layer1", LAYER1, "load_state_dict")
 def another_checkpoint_is_loaded(model: Plain, *_: Any) -> Iterator[None]:
     yield
     torch.manual_seed(99)
     model.load_state_dict(Plain().state_dict())
 
 
-@breaks("plain", "layer1", LAYER1)
+@breaks("plain", "layer1", LAYER1, "initialisation")
 def a_layer_is_initialised_again(model: Plain, *_: Any) -> Iterator[None]:
     yield
     model.layer1.reset_parameters()
 
 
-@breaks("plain", "layer1", {"layer1.weight"})
+@breaks("plain", "layer1", {"layer1.weight"}, ".data = ")
 def the_data_is_pointed_elsewhere(model: Plain, *_: Any) -> Iterator[None]:
     yield
     model.layer1.weight.data = torch.zeros_like(model.layer1.weight)
@@ -138,13 +138,13 @@ def the_parameter_is_replaced(model: Plain, *_: Any) -> Iterator[None]:
     model.layer1.weight = nn.Parameter(model.layer1.weight.detach() + 1, requires_grad=False)
 
 
-@breaks("plain", "layer1", {"layer1.weight"})
+@breaks("plain", "layer1", {"layer1.weight"}, "shares its memory with layer2.weight")
 def the_storage_is_shared_with_something_that_trains(model: Plain, *_: Any) -> None:
     model.layer2.weight.data = model.layer1.weight.data.new_zeros(64).view(8, 8)
     model.layer1.weight.data = model.layer2.weight.data.view(-1)[:48].view(8, 6)
 
 
-@breaks("plain", "layer1", {"layer1.bias"})
+@breaks("plain", "layer1", {"layer1.bias"}, "1 of its 8 values")
 def one_bit_flips(model: Plain, *_: Any) -> Iterator[None]:
     yield
     model.layer1.bias.data[0].view(torch.int32).bitwise_xor_(1)
@@ -180,7 +180,9 @@ for kind, maker in {
             leave_gradient(model)
 
         stale_gradient.__name__ = f"a_stale_gradient_moves_it_with_{kind}_{how}"
-        breaks("plain", "layer1", LAYER1, "", maker, lr=0.1, **chosen)(stale_gradient)
+        breaks("plain", "layer1", LAYER1, "a gradient lay on it", maker, lr=0.1, **chosen)(
+            stale_gradient
+        )
 
 
 def zero_gradients(model: Plain, *_: Any) -> Iterator[None]:
@@ -192,22 +194,28 @@ def zero_gradients(model: Plain, *_: Any) -> Iterator[None]:
         parameter.grad = torch.zeros_like(parameter)
 
 
-@breaks("plain", "layer1", LAYER1, "", torch.optim.AdamW, lr=0.1, weight_decay=0.1)
+@breaks(
+    "plain", "layer1", LAYER1, "weight decay moved it", torch.optim.AdamW, lr=0.1, weight_decay=0.1
+)
 def decoupled_decay_moves_it_with_zero_gradients(model: Plain, *rest: Any) -> Iterator[None]:
     return zero_gradients(model)
 
 
-@breaks("plain", "layer1", LAYER1, "", torch.optim.Adam, lr=0.1, weight_decay=0.1)
+@breaks(
+    "plain", "layer1", LAYER1, "weight decay moved it", torch.optim.Adam, lr=0.1, weight_decay=0.1
+)
 def coupled_decay_moves_it_with_zero_gradients(model: Plain, *rest: Any) -> Iterator[None]:
     return zero_gradients(model)
 
 
-@breaks("plain", "layer1", LAYER1, "", torch.optim.SGD, lr=0.1, weight_decay=0.1)
+@breaks(
+    "plain", "layer1", LAYER1, "weight decay moved it", torch.optim.SGD, lr=0.1, weight_decay=0.1
+)
 def sgds_decay_moves_it_with_zero_gradients(model: Plain, *rest: Any) -> Iterator[None]:
     return zero_gradients(model)
 
 
-@breaks("plain", "layer1", LAYER1, "", torch.optim.SGD, lr=0.1, momentum=0.9)
+@breaks("plain", "layer1", LAYER1, "momentum moved it", torch.optim.SGD, lr=0.1, momentum=0.9)
 def momentum_moves_it_with_zero_gradients(
     model: Plain, _: Freeze, optimizer: Optimizer
 ) -> Iterator[None]:
@@ -216,7 +224,7 @@ def momentum_moves_it_with_zero_gradients(
     return zero_gradients(model)
 
 
-@breaks("plain", "layer1", LAYER1, "", torch.optim.Adam, lr=0.1)
+@breaks("plain", "layer1", LAYER1, "Adam's moments moved it", torch.optim.Adam, lr=0.1)
 def adams_moments_move_it_with_zero_gradients(
     model: Plain, _: Freeze, optimizer: Optimizer
 ) -> Iterator[None]:
@@ -229,7 +237,7 @@ def adams_moments_move_it_with_zero_gradients(
     return zero_gradients(model)
 
 
-@breaks("plain", "layer1", {"layer1.weight"})
+@breaks("plain", "layer1", {"layer1.weight"}, "SGD moved it")
 def an_optimizer_of_somebody_else_steps_it(model: Plain, *_: Any) -> Iterator[None]:
     other = torch.optim.SGD([model.layer1.weight], lr=0.1)
     yield
@@ -238,7 +246,7 @@ def an_optimizer_of_somebody_else_steps_it(model: Plain, *_: Any) -> Iterator[No
     model.layer1.weight.grad = None
 
 
-@breaks("plain", "layer1", LAYER1)
+@breaks("plain", "layer1", LAYER1, "`requires_grad` was set back")
 def a_hand_written_freeze_has_an_exhausted_generator(
     model: Plain, _: Freeze, optimizer: Optimizer
 ) -> None:
@@ -254,12 +262,12 @@ def a_hand_written_freeze_has_an_exhausted_generator(
     optimizer.register_step_pre_hook(drop_gradients)
 
 
-@breaks("plain", "layer1", LAYER1)
+@breaks("plain", "layer1", LAYER1, "`requires_grad` was set back")
 def the_flag_is_set_back(model: Plain, *_: Any) -> None:
     model.layer1.requires_grad_(True)
 
 
-@breaks("tied", "head", {"embedding.weight"})
+@breaks("tied", "head", {"embedding.weight"}, "SGD moved it")
 def a_tied_tensor_is_trained_under_its_other_name(model: Tied, *_: Any) -> Iterator[None]:
     other = torch.optim.SGD([model.embedding.weight], lr=0.1)
     yield
@@ -268,7 +276,53 @@ def a_tied_tensor_is_trained_under_its_other_name(model: Tied, *_: Any) -> Itera
     model.embedding.weight.grad = None
 
 
+@breaks(
+    "plain", "layer1", LAYER1, "SGD has it among its parameters", torch.optim.SGD,
+    mechanism="exclude",
+)  # fmt: skip
+def what_was_left_out_is_added_to_the_optimizer(
+    model: Plain, _: Freeze, optimizer: Optimizer
+) -> None:
+    optimizer.add_param_group({"params": list(model.layer1.parameters()), "lr": 0.1})
+
+
+@breaks("plain", "layer1", LAYER1, "Adam has it among", torch.optim.Adam, mechanism="zero_lr")
+def somebody_sets_every_rate(model: Plain, _: Freeze, optimizer: Optimizer) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = 0.01
+
+
+@breaks(
+    "plain", "layer1", LAYER1, "weight decay moved it", torch.optim.SGD,
+    mechanism="zero_grad", lr=0.1, weight_decay=0.1,
+)  # fmt: skip
+def decay_goes_on_under_zeroed_gradients(model: Plain, *_: Any) -> None: ...
+
+
+@breaks(
+    "plain", "layer1", LAYER1, "momentum moved it", torch.optim.SGD,
+    mechanism="zero_grad", lr=0.1, momentum=0.9,
+)  # fmt: skip
+def momentum_from_before_goes_on_under_zeroed_gradients(
+    model: Plain, _: Freeze, optimizer: Optimizer
+) -> None:
+    for parameter in model.layer1.parameters():
+        optimizer.state[parameter]["momentum_buffer"] = torch.ones_like(parameter)
+
+
 # -------------------------------------------------------------------- modules that move themselves
+
+
+@breaks("tied", "embedding", {"embedding.weight"}, "max_norm")
+def max_norm_rewrites_rows_in_forward(model: Tied, *_: Any) -> None:
+    model.embedding.max_norm = 0.01
+
+
+@breaks("plain", "layer1", {"layer1.weight"}, "parametrization took its place")
+def a_parametrization_takes_its_place(model: Plain, *_: Any) -> Iterator[None]:
+    yield
+    nn.utils.parametrizations.weight_norm(model.layer1)
+
 
 STATISTICS = {"stem.1.running_mean", "stem.1.running_var", "stem.1.num_batches_tracked"}
 
@@ -285,7 +339,12 @@ def statistics_are_computed_anew(model: Convolutional, *_: Any) -> Iterator[None
     torch.optim.swa_utils.update_bn(batches, model)
 
 
-@breaks("convolutional", "stem", {"stem.1.running_mean", "stem.1.running_var"} | STATISTICS)
+@breaks(
+    "convolutional",
+    "stem",
+    {"stem.1.running_mean", "stem.1.running_var"} | STATISTICS,
+    "code wrote its statistics",
+)
 def statistics_are_reset(model: Convolutional, *_: Any) -> Iterator[None]:
     yield
     model.stem[1].running_mean.fill_(1)
@@ -306,8 +365,14 @@ def test_what_moves_is_caught_and_named(
     options: dict[str, Any],
 ) -> None:
     model, example = make(name)
-    applied = apply_config(model, parse_config(freeze(frozen)))
-    made = optimizer(applied.parameter_groups(options.pop("weight_decay", 0.0)), **options)
+    mechanism = options.get("mechanism", "requires_grad")
+    applied = apply_config(model, parse_config(freeze(frozen, mechanism=mechanism)))
+    groups = applied.parameter_groups(options.get("weight_decay", 0.0))
+    rate = options.get("lr", 1e-3)
+    for group in groups:
+        group["lr"] = rate * group["lr_scale"]
+    settings = {k: v for k, v in options.items() if k not in ("mechanism", "weight_decay", "lr")}
+    made = optimizer(groups, lr=rate, **settings)
     if saboteur is the_sign_of_a_zero_changes:
         model.layer1.bias.data[0] = 0.0
     shares = saboteur is the_storage_is_shared_with_something_that_trains
@@ -319,6 +384,7 @@ def test_what_moves_is_caught_and_named(
         next(after)
     for _ in range(2):
         model(example).float().square().mean().backward()
+        applied.hold_gradients()
         made.step()
         for parameter in model.parameters():
             if parameter.requires_grad:

@@ -1,4 +1,4 @@
-"""Tasks: inspections of models, which run beside the jobs."""
+"""Tasks: inspections of models and previews of datasets, which run beside the jobs."""
 
 from fastapi import APIRouter, Depends
 
@@ -10,5 +10,11 @@ router = APIRouter(prefix="/tasks", tags=["tasks"], dependencies=[Depends(signed
 
 @router.get("/{task_id}")
 def get_task(service: Verbs, task_id: Id) -> Answer:
-    """One task: its kind, state and error."""
+    """One task: its kind, state and error, and the result of one that has found something out."""
     return Answer(service.get_task(task_id))
+
+
+@router.post("/{task_id}/stop", status_code=202)
+def stop_task(service: Verbs, task_id: Id) -> Answer:
+    """End a task; one that has ended stays as it is."""
+    return Answer(service.stop_task(task_id), 202)

@@ -124,7 +124,7 @@ def delete_model(request: Request, model_id: int) -> Response:
 # --------------------------------------------------------------------------------------- workbench
 
 
-def read_form(request: Request, items: workbench.Items) -> workbench.Choice:
+def read_choice(request: Request, items: workbench.Items) -> workbench.Choice:
     config_id = dict(items).get("config", "")
     base = None
     if config_id.isascii() and config_id.isdigit() and len(config_id) < 19:
@@ -147,7 +147,7 @@ def _build(
 
 @router.get("/models/{model_id}")
 def show_model(request: Request, model_id: int) -> Response:
-    choice = read_form(request, request.query_params.multi_items())
+    choice = read_choice(request, request.query_params.multi_items())
     choice = workbench.suggest_training(choice, service_of(request).get_model(model_id)["uri"])
     return render_page(request, "workbench.html", _build(request, model_id, choice))
 
@@ -157,7 +157,7 @@ def change_choice(
     request: Request, model_id: int, items: list[tuple[str, str]] = Depends(form_items)
 ) -> Response:
     """A button without JavaScript: act, then the page at the new address."""
-    choice = read_form(request, items)
+    choice = read_choice(request, items)
     try:
         choice = workbench.act(choice, service_of(request).read_graph(model_id), items)
     except InvalidDocument as error:
@@ -172,7 +172,7 @@ def show_plan(
     request: Request, model_id: int, items: list[tuple[str, str]] = Depends(form_items)
 ) -> Response:
     """A button with JavaScript: the rules, the plan and the tree's states in one answer."""
-    choice = read_form(request, items)
+    choice = read_choice(request, items)
     faults: tuple[Fault, ...] = ()
     try:
         choice = workbench.act(choice, service_of(request).read_graph(model_id), items)
@@ -187,7 +187,7 @@ def show_plan(
 def show_rows(request: Request, model_id: int, parent: int | None = None) -> Response:
     """What hangs below one module, what a search finds, or the whole tree, under the address."""
     service = service_of(request)
-    choice = read_form(request, request.query_params.multi_items())
+    choice = read_choice(request, request.query_params.multi_items())
     graph = service.read_graph(model_id)
     states = tree.read_states(graph, service.make_plan(model_id, workbench.plan_request(choice)))
     if choice.search:
@@ -216,7 +216,7 @@ def show_matches(
 def download(request: Request, model_id: int) -> Response:
     """The freeze config in the address, saved or not, as an attachment."""
     service = service_of(request)
-    choice = read_form(request, request.query_params.multi_items())
+    choice = read_choice(request, request.query_params.multi_items())
     graph = service.read_graph(model_id)
     config = choice.config(usable_only=False)
     if request.query_params.get("as") == "python":
@@ -238,7 +238,7 @@ def save_config(
 ) -> Response:
     """Save the choice: over the config that it began as (``replace``), or as a new one."""
     service = service_of(request)
-    choice = read_form(request, items)
+    choice = read_choice(request, items)
     try:
         document = {**config_document(choice.config(usable_only=False)), "model_id": model_id}
         if choice.base and "replace" in dict(items):
@@ -265,7 +265,7 @@ def show_faults(
 def start_job(
     request: Request, model_id: int, items: list[tuple[str, str]] = Depends(form_items)
 ) -> Response:
-    choice = read_form(request, items)
+    choice = read_choice(request, items)
     kind = "evaluate" if dict(items).get("kind") == "evaluate" else "train"
     try:
         job = service_of(request).launch_job(workbench.job_request(choice, model_id, kind))

@@ -69,7 +69,7 @@ def start_sweep(
 ) -> Response:
     """Start the sets that are ticked on the workbench, with everything else as it stands there."""
     service = service_of(request)
-    choice = models.read_form(request, items)
+    choice = models.read_choice(request, items)
     blocks = int(count) if count.strip().isdecimal() and len(count) < 6 else None
     job = workbench.job_request(choice, model_id, "train")
     sets = [_read_set(value, blocks, job["config"]) for key, value in items if key == "sweep.set"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -47,6 +48,7 @@ DATASET_OPTIONS = {
     "image_size": "Pixels per side",
     "num_workers": "Loader processes",
 }
+COLUMN = "columns."  # before a role, in the name of the field that says its column
 FIRST_OPTIONS = ("epochs", "batch_size", "optimizer", "lr", "device")
 LABELS = {"lr": "learning rate", "max_steps": "steps at most", "lr_schedule": "LR schedule"}
 # What an empty input means, where no default says it.
@@ -236,15 +238,32 @@ def plan_request(choice: Choice) -> Document:
 def job_request(choice: Choice, model_id: int, kind: str) -> Document:
     """The body that starts a job from what was typed; wrong values travel on, to be refused."""
     known = {option.name for option in OPTIONS}
-    dataset = {k: typed(v) for k, v in choice.training.items() if k in DATASET_OPTIONS}
     return {
         "kind": kind,
         "model_id": model_id,
         "config": config_document(choice.config(usable_only=False)),
-        "dataset": {"uri": choice.training.get("dataset", ""), **dataset},
+        "dataset": dataset_request(choice),
         "training": {k: typed(v) for k, v in choice.training.items() if k in known},
         "name": choice.training.get("name", ""),
     }
+
+
+def dataset_request(choice: Choice) -> Document:
+    """The dataset's document from what was typed; wrong values travel on, to be refused."""
+    given = choice.training
+    roles = {k.removeprefix(COLUMN): v for k, v in given.items() if k.startswith(COLUMN)}
+    dataset = {k: typed(v) for k, v in given.items() if k in DATASET_OPTIONS}
+    if roles:
+        dataset["columns"] = roles
+    if given.get("eval"):
+        # A comma may stand in a path; one before NAME=SCHEME: does not.
+        pairs = re.split(r",\s*(?=[^,=]+=[a-z]+:)", given["eval"])
+        dataset["eval"] = {name.strip(): uri.strip() for name, _, uri in map(_halves, pairs)}
+    return {"uri": given.get("dataset", ""), **dataset}
+
+
+def _halves(pair: str) -> tuple[str, str, str]:
+    return pair.partition("=") if "=" in pair else ("more", "=", pair)
 
 
 def typed(text: str) -> Any:
@@ -303,6 +322,7 @@ def build_view(
         block_count=len(find_blocks(graph)),
         fields=first,
         more_fields=more,
+        columns=[(f"train.{k}", v) for k, v in choice.training.items() if k.startswith(COLUMN)],
         # A fault that stands beside its input is not said a second time.
         faults=[f for f in faults if not _field_names(f) & shown],
         saved=saved,
@@ -391,6 +411,18 @@ def form_fields(choice: Choice, faults: Sequence[Fault]) -> tuple[list[Field], l
         for key, option in options.items()
         if key not in FIRST_OPTIONS
     ]
+    sets = choice.training.get("eval", "")
+    more.append(
+        Field(
+            "train.eval",
+            "further evaluation sets",
+            sets,
+            "NAME=URI, NAME=URI",
+            help="What was known before beside what is new: each is judged under its own name",
+            fault=next((m for f, m in wrong.items() if f.startswith("dataset.eval.")), "")
+            or wrong.get("dataset.eval", ""),
+        )
+    )
     for key, help_ in DATASET_OPTIONS.items():
         fault = wrong.get(f"dataset.{key}", "")
         value = choice.training.get(key, "")
@@ -430,6 +462,9 @@ def training_address(document: Mapping[str, Any]) -> list[tuple[str, str]]:
     dataset = document.get("dataset") or {}
     items = {"dataset": dataset.get("uri")}
     items |= {key: dataset.get(key) for key in DATASET_OPTIONS}
+    items |= {f"{COLUMN}{role}": name for role, name in (dataset.get("columns") or {}).items()}
+    evals = (dataset.get("eval") or {}).items()
+    items["eval"] = ", ".join(f"{name}={uri}" for name, uri in evals) or None
     given = document.get("training") or {}
     items |= {o.name: given[o.name] for o in OPTIONS if given.get(o.name, o.default) != o.default}
     return [

@@ -1,0 +1,55 @@
+"""Verbs on datasets: look at one, as a model will see it, before a job starts."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from sqlmodel import Session
+
+from app.freezing.errors import InvalidDocument
+from app.service.documents import Document, check_members, collecting, find_row, read_id
+from app.service.ground import Ground
+from app.sources.spec import parse_dataset_spec, spec_document
+from app.store import catalog, files
+from app.store.tables import Model, Task
+from app.training.recipe import parse_recipe
+
+PREVIEWS_KEPT = 50
+
+
+class Datasets(Ground):
+    """Verbs on datasets."""
+
+    def preview_dataset(self, doc: Mapping[str, Any]) -> Document:
+        """Have a worker read a dataset for a model; the task that does is answered.
+
+        Args:
+            doc: `model_id` and `dataset` as in a job, and optionally `training` with its `seed`,
+                which decides what is held out.
+        """
+        errors: list[tuple[str, str]] = []
+        with collecting(errors):
+            check_members(doc, ("model_id", "dataset", "training"))
+        with collecting(errors):
+            dataset = spec_document(parse_dataset_spec(doc.get("dataset"), **self._dirs()))
+        with collecting(errors):
+            seed = parse_recipe(doc.get("training") or {}).seed
+        with collecting(errors):
+            model_id = read_id(doc, "model_id")
+        if errors:
+            raise InvalidDocument(errors)
+
+        def add(session: Session) -> tuple[int, list[int]]:
+            model = find_row(session, Model, model_id)
+            spec = {"kind": "preview", "model": model.spec, "dataset": dataset}
+            spec |= {"training": {"seed": seed}, **self._surroundings()}
+            task = Task(kind="preview", model_id=model_id, spec=spec)
+            session.add(task)
+            session.flush()
+            assert task.id is not None
+            return task.id, catalog.drop_tasks(session, "preview", PREVIEWS_KEPT)
+
+        task_id, dropped = self._db.write(add)
+        for old in dropped:
+            files.remove_folder(files.task_folder(self._settings.data_dir, old))
+        self._runner.wake()
+        return {"id": task_id, "kind": "preview", "model_id": model_id, "state": "queued"}

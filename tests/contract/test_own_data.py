@@ -1,0 +1,163 @@
+"""Somebody's own data before a job starts, over HTTP: read, shown, refused, and columns changed."""
+
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import pytest
+
+from app.client import LOOPBACK
+from app.serving import Dashboard, listen
+from app.settings import Settings
+from tests.unit.own_files import make_reviews, write_csv, write_images, write_model
+
+TOKEN = "a-token-for-tests"
+
+
+@pytest.fixture(scope="module")
+def shelf(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("shelf")
+    write_model(folder / "bert", "bert", "BertForSequenceClassification")
+    write_model(folder / "vit", "vit", "ViTForImageClassification")
+    rows = make_reviews()
+    write_csv(folder / "reviews.csv", rows)
+    write_csv(folder / "two.csv", [{"a": r["review"], "b": r["review"], **r} for r in rows])
+    both = [{"a": r["review"], "b": r["review"], "verdict": r["verdict"]} for r in rows]
+    write_csv(folder / "ambiguous.csv", both)
+    write_images(folder / "photos")
+    (folder / "slow.py").write_text("import time\ndef load():\n    time.sleep(10**6)\n")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def door(shelf: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx2.Client]:
+    listener = listen(LOOPBACK, 0)
+    port = listener.getsockname()[1]
+    settings = Settings(
+        data_dir=tmp_path_factory.mktemp("data"),
+        token=TOKEN,
+        port=port,
+        file_dirs=(shelf,),
+        code_dirs=(shelf,),
+    )
+    with (
+        Dashboard(settings, listener).in_background(),
+        httpx2.Client(
+            base_url=f"http://{LOOPBACK}:{port}",
+            headers={"Authorization": f"Bearer {TOKEN}"},
+            timeout=60,
+            trust_env=False,
+        ) as client,
+    ):
+        yield client
+
+
+def wait_for(door: httpx2.Client, path: str, *waiting: str) -> dict[str, Any]:
+    """Ask until the state is none of `waiting`; over HTTP there is nothing to wait on."""
+    pause = threading.Event()
+    while (document := door.get(path).json())["state"] in waiting:
+        pause.wait(0.05)
+    return document
+
+
+def add_model(door: httpx2.Client, uri: str) -> int:
+    model_id = door.post("/api/models", json={"uri": uri}).json()["id"]
+    model = wait_for(door, f"/api/models/{model_id}", "inspecting")
+    assert model["state"] == "ready", model["error"]
+    return model_id
+
+
+@pytest.fixture(scope="module")
+def bert(door: httpx2.Client) -> int:
+    return add_model(door, "hf:./bert")
+
+
+def preview(door: httpx2.Client, model_id: int, **dataset: Any) -> dict[str, Any]:
+    body = {"model_id": model_id, "dataset": dataset}
+    answer = door.post("/api/datasets/preview", json=body)
+    assert answer.status_code == 202, answer.text
+    return wait_for(door, f"/api/tasks/{answer.json()['id']}", "queued", "running")
+
+
+def test_a_table_is_shown_with_its_columns_classes_split_and_tokens(
+    door: httpx2.Client, bert: int
+) -> None:
+    task = preview(door, bert, uri="csv:reviews.csv", eval_fraction=0.25)
+    assert (task["state"], task["error"]) == ("succeeded", None)
+    shown = task["result"]
+    assert shown["columns"] == {"text": "review", "label": "verdict"}
+    assert shown["offered"] == ["review", "verdict"]
+    assert shown["classes"] == [
+        {"name": "bad", "counts": {"train": 15, "eval": 5}},
+        {"name": "good", "counts": {"train": 15, "eval": 5}},
+    ]
+    first = shown["examples"][0]
+    assert first["encoded"]["tokens"] == first["text"].split()
+    assert "seed 0" in shown["split"]
+    assert door.get(f"/api/models/{bert}").json()["state"] == "ready"
+
+
+def test_an_ambiguous_table_shows_its_rows_and_takes_the_named_column(
+    door: httpx2.Client, bert: int
+) -> None:
+    task = preview(door, bert, uri="csv:ambiguous.csv")
+    assert (task["state"], task["error"]["reason"]) == ("failed", "data_error")
+    assert "Which column" in task["error"]["message"]
+    assert task["result"]["offered"] == ["a", "b", "verdict"]
+    assert len(task["result"]["examples"]) == 8
+    assert task["result"]["errors"][0]["field"] == "dataset.columns.text"
+    task = preview(door, bert, uri="csv:ambiguous.csv", columns={"text": "b"})
+    assert task["result"]["columns"] == {"text": "b", "label": "verdict"}
+
+
+def test_the_page_waits_shows_and_keeps_what_was_chosen(door: httpx2.Client, bert: int) -> None:
+    form = {"train.dataset": "csv:two.csv", "train.columns.text": "b", "train.epochs": "7"}
+    answer = door.post(f"/models/{bert}/preview", data=form)
+    assert answer.status_code == 303
+    address = answer.headers["Location"]
+    assert "train.epochs=7" in address
+    assert door.get(address).status_code == 200
+    task = address.partition("?")[0].rpartition("/")[2]
+    assert wait_for(door, f"/api/tasks/{task}", "queued", "running")["state"] == "succeeded"
+    page = door.get(address).text
+    assert "hx-trigger" not in page.partition('id="preview"')[2].partition(">")[0]
+    assert "<option selected>b</option>" in page
+    assert "5 tokens" in page
+    refused = door.post(f"/models/{bert}/preview", data={"train.dataset": "csv:none.csv"})
+    assert refused.status_code == 422
+    assert "There is no &#39;none.csv&#39;" in refused.text
+
+
+def test_images_are_files_of_their_own(door: httpx2.Client) -> None:
+    vit = add_model(door, "hf:./vit")
+    task = preview(door, vit, uri="folder:photos")
+    assert task["result"]["examples"][0]["encoded"] == {"shape": [3, 16, 16]}
+    page = door.get(f"/models/{vit}/preview/{task['id']}")
+    assert "data:image" not in page.text
+    image = door.get(f"/models/{vit}/preview/{task['id']}/0/image.png")
+    assert image.headers["Content-Type"] == "image/png"
+    assert image.content.startswith(b"\x89PNG")
+    for missing in ("99/image.png", "0/label.png"):
+        assert door.get(f"/models/{vit}/preview/{task['id']}/{missing}").status_code == 404
+
+
+def test_what_cannot_be_previewed_is_refused_at_once(door: httpx2.Client, bert: int) -> None:
+    body = {"model_id": bert, "dataset": {"uri": "csv:none.csv"}, "more": 1}
+    refused = door.post("/api/datasets/preview", json=body)
+    assert refused.status_code == 422
+    assert [error["field"] for error in refused.json()["errors"]] == ["more", "dataset.uri"]
+    body = {"model_id": 10**6, "dataset": {"uri": "csv:reviews.csv"}}
+    assert door.post("/api/datasets/preview", json=body).status_code == 404
+
+
+def test_a_preview_that_hangs_is_stopped_and_the_next_one_runs(
+    door: httpx2.Client, bert: int
+) -> None:
+    body = {"model_id": bert, "dataset": {"uri": "python:slow:load"}}
+    task = door.post("/api/datasets/preview", json=body).json()["id"]
+    assert door.post(f"/api/tasks/{task}/stop").status_code == 202
+    ended = wait_for(door, f"/api/tasks/{task}", "queued", "running", "stopping")
+    assert (ended["state"], ended["result"]) == ("stopped", None)
+    assert preview(door, bert, uri="csv:reviews.csv")["state"] == "succeeded"
