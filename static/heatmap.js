@@ -32,8 +32,17 @@ export function startHeatmap(section) {
 
   // ---- asking
   async function ask(query) {
+    await startTimeline();
     const fresh = await read(address, { stat, ...query });
-    return fresh.layers.length ? toMatrix(fresh) : null;
+    return fresh.layers.length ? blank(toMatrix(fresh)) : null;
+  }
+  // A frozen layer that moved by nothing is empty, not zero; one that moved all the same is shown.
+  function blank(found) {
+    if (stat === "weight_norm") return found;
+    found.rows.forEach((row, y) => row.forEach((level, i) => {
+      if (level === -Infinity && isFrozen(found.layers[y], found.steps[i])) row[i] = NaN;
+    }));
+    return found;
   }
 
   let busy = false;
@@ -395,7 +404,10 @@ export function startHeatmap(section) {
     draw();
   }).observe(box);
   document.addEventListener("theme:changed", draw);
-  document.addEventListener("timeline:changed", draw);
+  document.addEventListener("timeline:changed", () => {
+    for (const found of [whole, zoomed]) if (found) blank(found);
+    draw();
+  });
   document.body.addEventListener("job:numbers", refresh);
   startTimeline();
   refresh();

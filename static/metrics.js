@@ -189,12 +189,12 @@ async function startRatios(section, jobs) {
     levels.forEach((level, i) => {
       const value = level.get(layer);
       const cell = row.insertCell();
-      if (value == null) {
-        cell.textContent = "frozen or unmoved";
+      if (!value) {
+        cell.textContent = "frozen";
         cell.className = "note";
         return;
       }
-      const share = high > low && value > 0 ? 0.08 + (0.92 * (Math.log10(value) - low)) / (high - low) : 1;
+      const share = high > low ? 0.08 + (0.92 * (Math.log10(value) - low)) / (high - low) : 1;
       cell.innerHTML = '<meter min="0" max="1"></meter><span class="mono"></span>';
       cell.firstChild.value = share;
       cell.firstChild.className = `meter-${jobs[i].color + 1}`;

@@ -11,6 +11,7 @@ from app.freezing.presets import PRESETS, preset_config
 from app.service.documents import (
     Conflict,
     Document,
+    NotFound,
     check_members,
     collecting,
     find_row,
@@ -91,10 +92,13 @@ class Sweeps(Records):
             label = words if count is None else f"{words} ({count})"
             return name or label, config_document(config)
         config = given["config"]
-        saved = self.get_config(config)["name"] if is_id(config) else members(config).get("name")
-        return name or str(
-            saved or f"config {config}" if is_id(config) else saved or "rules"
-        ), config
+        if not is_id(config):
+            return name or str(members(config).get("name") or "rules"), config
+        try:
+            saved = self.get_config(config)["name"]
+        except NotFound as error:
+            raise InvalidDocument([("config", error.detail)]) from error
+        return name or str(saved or f"config {config}"), config
 
     def list_sweeps(self, limit: int = 100, before: int | None = None) -> list[Document]:
         with self._db.read() as session:

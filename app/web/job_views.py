@@ -296,3 +296,32 @@ class SweepView:
     @property
     def is_live(self) -> bool:
         return any(line.job.is_live for line in self.lines)
+
+
+@dataclass(frozen=True, slots=True)
+class ReportJob:
+    """One job of a report; drawings are finished SVG."""
+
+    job: JobView
+    rules: Sequence[tuple[str, str]]
+    policies: Sequence[tuple[str, str]]
+    options: Sequence[tuple[str, Any]]
+    changes: Sequence[Document]
+    plan: Sequence[tuple[str, str]]
+    figures: Sequence[Figure]
+    proof: Document | None
+    curves: Sequence[tuple[str, str]]
+    heatmaps: Sequence[tuple[str, str]]
+
+
+@dataclass(frozen=True, slots=True)
+class ReportView:
+    """A page that stands alone: its style comes along."""
+
+    title: str
+    style: str
+    written_at: str
+    version: str
+    jobs: Sequence[ReportJob]
+    sweep: SweepView | None = None
+    curves: Sequence[tuple[str, str]] = ()

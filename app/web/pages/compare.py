@@ -141,7 +141,7 @@ def metric_words(name: str) -> str:
     """``eval/new/accuracy`` → "accuracy, new", in the words of the charts."""
     *_, measured = parts = name.split("/")
     if len(parts) < 3:
-        return f"{measured}, training" if name == "loss" else name
+        return {"loss": "loss, training", "grad_norm_total": "gradient norm"}.get(name, name)
     return f"{measured}, {'held out' if parts[1] == 'eval' else parts[1]}"
 
 
