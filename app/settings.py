@@ -60,6 +60,8 @@ class Settings(BaseSettings):
     root_path: str = ""
     insecure_http: bool = False
     stall_seconds: float = Field(default=600.0, gt=0)
+    restart_seconds: float = Field(default=5.0, ge=0)  # before a job that was cut short goes on
+    min_free_bytes: int = Field(default=100_000_000, ge=0)  # below which no job is started
 
 
 def read_token(settings: Settings) -> str:

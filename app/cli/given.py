@@ -18,6 +18,12 @@ Document = dict[str, Any]
 
 ENDED = ("succeeded", "stopped", "failed", "interrupted")
 
+
+def has_ended(job: dict[str, Any]) -> bool:
+    """Whether nothing more comes of a job unless somebody asks for it."""
+    return job["state"] in ENDED and not job["is_restarting"]
+
+
 Json = Annotated[bool, typer.Option("--json", help="Print JSON on standard output.")]
 ConfigFile = Annotated[Path | None, typer.Option("--config", help="A freeze config (JSON).")]
 Freeze = Annotated[

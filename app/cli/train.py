@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from app.cli.given import (
-    ENDED,
     ConfigFile,
     DatasetArgument,
     Document,
@@ -17,6 +16,7 @@ from app.cli.given import (
     ModelArgument,
     Unfreeze,
     find_model,
+    has_ended,
     read_config,
     read_spec,
 )
@@ -131,7 +131,7 @@ def _watch(server: Server, job_id: int, progress: "Progress", bar: "TaskID") -> 
         # Read after the stream is open, so that what happens in between is in one of the two.
         job = server.call("GET", path)
         for event, data in read_events(answer.iter_lines()):
-            if job["state"] in ENDED or event == "end":
+            if has_ended(job) or event == "end":
                 break
             if event == "state":
                 job = data
@@ -146,7 +146,7 @@ def _watch(server: Server, job_id: int, progress: "Progress", bar: "TaskID") -> 
                 if shown:
                     progress.update(bar, numbers="  ".join(shown))
     job = server.call("GET", path)
-    if job["state"] not in ENDED:
+    if not has_ended(job):
         raise Failure(f"The server at {server.address} has ended; job {job_id} goes on without it.")
     progress.update(bar, description=job["state"], completed=job["step"])
     return job

@@ -5,7 +5,7 @@ Knows no data, no loop and no optimizer but the one it is handed.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Hashable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -79,12 +79,18 @@ class Freeze:
     def trainable(self) -> list[nn.Parameter]:
         return [p for name, p in self.parameters.items() if not self.frozen[name]]
 
-    def parameter_groups(self, weight_decay: float) -> list[dict[str, Any]]:
+    def parameter_groups(
+        self, weight_decay: float, apart: Mapping[str, Hashable] | None = None
+    ) -> list[dict[str, Any]]:
         """Groups for an optimizer, each with ``lr_scale`` and ``weight_decay``, all in model order.
 
         Under ``requires_grad`` every parameter is in from the start, whatever is frozen: without a
-        gradient an optimizer allocates nothing for it and leaves it alone, and no group is ever
+        gradient an optimizer allocates nothing for it and leaves it alone, and no parameter is ever
         added later, which would upset learning-rate schedules.
+
+        Args:
+            apart: name → a value; names with different values are in different groups, which have
+                it as ``apart`` (None where a name has none).
         """
         if not any(not is_frozen for is_frozen in self.frozen.values()):
             raise InvalidDocument(
@@ -95,7 +101,7 @@ class Freeze:
             for name in match_names(group, self.graph):
                 decay = weight_decay if group.weight_decay is None else group.weight_decay
                 settings[name] = (group.lr_scale, decay)
-        grouped: dict[tuple[float, float], list[nn.Parameter]] = {}
+        grouped: dict[tuple[float, float, Hashable], list[nn.Parameter]] = {}
         for name, parameter in self.parameters.items():
             floating = parameter.is_floating_point() or parameter.is_complex()
             if not floating or (self.config.mechanism == "exclude" and self.frozen[name]):
@@ -103,10 +109,11 @@ class Freeze:
             scale, decay = settings[name]
             if self.config.mechanism == "zero_lr" and self.frozen[name]:
                 scale = 0.0
-            grouped.setdefault((scale, decay), []).append(parameter)
+            key = (scale, decay, (apart or {}).get(name))
+            grouped.setdefault(key, []).append(parameter)
         return [
-            {"params": members, "lr_scale": scale, "weight_decay": decay}
-            for (scale, decay), members in grouped.items()
+            {"params": members, "lr_scale": scale, "weight_decay": decay, "apart": value}
+            for (scale, decay, value), members in grouped.items()
         ]
 
     def hold_gradients(self) -> None:

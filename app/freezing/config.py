@@ -44,12 +44,25 @@ class Group:
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """A rule that is appended after so many whole epochs or so many optimizer steps."""
+    """A rule that is appended after so many whole epochs or so many optimizer steps.
+
+    Attributes:
+        unit: what `count` counts, ``epoch`` or ``step``.
+        optimizer_state: what the unfrozen begin with: ``fresh``, or ``keep`` for what was parked.
+        lr_scale: the factor on the rate of what this unfreezes, beside that of its group.
+        warmup_steps: steps over which the rate of what this unfreezes rises linearly from 0.
+    """
 
     rule: Rule
     unit: str
     count: int
     optimizer_state: str = "fresh"
+    lr_scale: float = 1.0
+    warmup_steps: int = 0
+
+    def begins(self, steps_per_epoch: float) -> float:
+        """After how many steps it holds."""
+        return self.count * (steps_per_epoch if self.unit == "epoch" else 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -221,7 +234,10 @@ class _Reader:
 
     def changes(self) -> Iterable[Change]:
         for field, item in self.items("schedule"):
-            self.check_keys(field, item, "at", "action", "match", "type", "optimizer_state")
+            self.check_keys(
+                field, item,
+                "at", "action", "match", "type", "optimizer_state", "lr_scale", "warmup_steps",
+            )  # fmt: skip
             at = item.get("at")
             if (
                 not isinstance(at, Mapping)
@@ -240,7 +256,22 @@ class _Reader:
                 )
                 state = "fresh"
             ((unit, count),) = at.items()
-            yield Change(self.rule(field, item), unit, count, state)
+            yield Change(self.rule(field, item), unit, count, state, *self.pace(field, item))
+
+    def pace(self, field: str, item: Mapping[str, Any]) -> tuple[float, int]:
+        """(lr_scale, warmup_steps) of what an entry unfreezes."""
+        given = [key for key in ("lr_scale", "warmup_steps") if key in item]
+        if given and item.get("action") == "freeze":
+            self.fault(
+                f"{field}.{given[0]}", f"{given[0]!r} is for what an entry unfreezes; this freezes."
+            )
+        warmup = item.get("warmup_steps", 0)
+        if not _is_count(warmup):
+            self.fault(
+                f"{field}.warmup_steps", "'warmup_steps' must be a whole number from 0 to 10⁹."
+            )
+            warmup = 0
+        return self.number(f"{field}.lr_scale", item.get("lr_scale", 1.0), least=0.0), warmup
 
     def number(self, field: str, value: Any, least: float) -> float:
         name = field.rsplit(".", 1)[-1]
@@ -335,8 +366,13 @@ def _group_document(group: Group) -> dict[str, Any]:
 
 
 def _change_document(change: Change) -> dict[str, Any]:
-    state = {} if change.optimizer_state == "fresh" else {"optimizer_state": change.optimizer_state}
-    return {"at": {change.unit: change.count}, **rule_document(change.rule), **state}
+    usual = Change(change.rule, change.unit, change.count)
+    special = {
+        key: getattr(change, key)
+        for key in ("optimizer_state", "lr_scale", "warmup_steps")
+        if getattr(change, key) != getattr(usual, key)
+    }
+    return {"at": {change.unit: change.count}, **rule_document(change.rule), **special}
 
 
 # -------------------------------------------------------------------------------------- expanding
@@ -345,8 +381,8 @@ def _change_document(change: Change) -> dict[str, Any]:
 def due_changes(config: FreezeConfig, step: int, steps_per_epoch: int) -> list[Change]:
     """The entries of the schedule that hold after `step` steps, in the order they began."""
 
-    def begins(change: Change) -> int:
-        return change.count * (steps_per_epoch if change.unit == "epoch" else 1)
+    def begins(change: Change) -> float:
+        return change.begins(steps_per_epoch)
 
     return sorted((c for c in config.schedule if begins(c) <= step), key=begins)
 

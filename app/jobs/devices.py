@@ -1,8 +1,12 @@
 """Devices: which there are to run jobs on, as the driver tells it. No torch, no CUDA context."""
 
+import contextlib
 import os
 import platform
+import sys
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import psutil
 import pynvml
@@ -27,8 +31,26 @@ class Device:
 def find_devices() -> tuple[Device, ...]:
     """The CPU, then the GPUs that CUDA_VISIBLE_DEVICES leaves to us, numbered in its order."""
     memory = psutil.virtual_memory().total
-    cpu = Device("cpu", platform.machine(), "cpu", memory, "")
+    cpu = Device("cpu", _name_cpu(), "cpu", memory, "")
     return (cpu, *_find_gpus(os.environ.get("CUDA_VISIBLE_DEVICES")))
+
+
+def nvml_handle(name: str) -> Any:
+    """The driver's handle of a GPU by its number or its UUID, as CUDA_VISIBLE_DEVICES names it."""
+    if name.lstrip("-").isdigit():
+        return pynvml.nvmlDeviceGetHandleByIndex(int(name))
+    return pynvml.nvmlDeviceGetHandleByUUID(name)
+
+
+def _name_cpu(info: Path = Path("/proc/cpuinfo")) -> str:
+    """What the processor calls itself, and how many cores of it we may use."""
+    cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+    title = platform.processor() or platform.machine()
+    with contextlib.suppress(OSError):
+        lines = info.read_text(encoding="utf-8", errors="replace").splitlines()
+        names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+        title = names[0] if names else title
+    return f"{title}, {cores} {'core' if cores == 1 else 'cores'}"
 
 
 def _find_gpus(visible: str | None) -> list[Device]:
@@ -44,11 +66,7 @@ def _find_gpus(visible: str | None) -> list[Device]:
         gpus: list[Device] = []
         for name in names:
             try:
-                handle = (
-                    pynvml.nvmlDeviceGetHandleByIndex(int(name))
-                    if name.lstrip("-").isdigit()
-                    else pynvml.nvmlDeviceGetHandleByUUID(name)
-                )
+                handle = nvml_handle(name)
                 memory = pynvml.nvmlDeviceGetMemoryInfo(handle).total
                 title = pynvml.nvmlDeviceGetName(handle)
             except pynvml.NVMLError:

@@ -217,13 +217,25 @@ def read_result(directory: Path) -> dict[str, Any] | None:
     return read_document(directory / "result.json")
 
 
-def write_exit(directory: Path, *, code: int | None, signal_number: int | None) -> None:
-    """Say how the process ended: exactly one of code and signal is a number."""
-    write_document(directory / "exit.json", {"code": code, "signal": signal_number})
+def write_exit(
+    directory: Path, *, code: int | None, signal_number: int | None, out_of_memory: bool = False
+) -> None:
+    """Say how the process ended: exactly one of code and signal is a number.
+
+    Args:
+        out_of_memory: the signal was the kernel's, which had no memory left.
+    """
+    document = {"code": code, "signal": signal_number}
+    if out_of_memory:
+        document["out_of_memory"] = True
+    write_document(directory / "exit.json", document)
 
 
 def read_exit(directory: Path) -> dict[str, Any] | None:
-    """How the process ended, as seen by the one who waited for it: code or signal, as numbers."""
+    """How the process ended, as seen by the one who waited for it: code or signal, as numbers.
+
+    ``out_of_memory`` is there, and true, where the kernel ended it for want of memory.
+    """
     return read_document(directory / "exit.json")
 
 

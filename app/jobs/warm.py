@@ -10,6 +10,7 @@ is asked, and how, is said in ``keeper``, the server's side of it.
 
 import argparse
 import contextlib
+import ctypes
 import fcntl
 import gc
 import importlib
@@ -29,6 +30,8 @@ from typing import Any, NoReturn
 import app
 from app.jobs import folder as job_folder
 from app.jobs.keeper import can_be_read, own_version
+from app.jobs.leftovers import end_leftovers, find_children, mark_of
+from app.jobs.oom import count_oom_kills
 
 # torch._dynamo is what the first optimizer of a process would import, for two seconds.
 PRELOADED = (
@@ -42,6 +45,7 @@ PRELOADED = (
 )
 MAX_SOCKET_PATH_BYTES = 100
 FIRST_CALL_SECONDS = 5
+PR_SET_CHILD_SUBREAPER = 36  # from linux/prctl.h
 
 
 class KeeperProcess:
@@ -53,6 +57,8 @@ class KeeperProcess:
         self._connections: dict[socket.socket, bytes] = {}
         self._preloaded = False
         self._has_been_called = False
+        self._oom_kills = count_oom_kills()
+        _become_reaper()
         self._lock = os.open(data_dir / "warm.lock", os.O_RDWR | os.O_CREAT, 0o600)
         fcntl.flock(self._lock, fcntl.LOCK_EX)  # waits for one that is about to leave
         self._address = _choose_address(data_dir)
@@ -190,7 +196,7 @@ class KeeperProcess:
                 _open_as(descriptor, directory / "log.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
             os.chdir(folder)  # what user code drops into its working folder goes with the job
             os.environ.clear()
-            os.environ.update(environment)
+            os.environ.update([*environment.items(), mark_of(directory)])
             if python is not None:
                 self._execute(python, folder, attempt, directory)
             # By name, like all that is preloaded: the server, which imports this file for Keeper,
@@ -232,16 +238,31 @@ class KeeperProcess:
         with contextlib.suppress(BlockingIOError):
             while bell.recv(4096):
                 pass
-        for pid in list(self._children):
+        with contextlib.suppress(ChildProcessError):  # there is none left
             # WNOWAIT: as long as it has not been waited for, its pid, and with it the number of
             # its process group, cannot be given to a stranger.
-            if os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT):
+            while ended := os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT):
+                self._bury(ended.si_pid)
+
+    def _bury(self, pid: int) -> None:
+        """Wait for a child that has ended: a worker, or what an ended worker had left to us."""
+        directory = self._children.get(pid)
+        if directory is None:
+            os.waitpid(pid, 0)
+            return
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(pid, signal.SIGKILL)
+        end_leftovers(directory)
+        _, status = os.waitpid(pid, 0)
+        del self._children[pid]
+        self._write_exit(pid, directory, os.waitstatus_to_exitcode(status))
+        if not self._children:  # whose the rest was no longer matters
+            for orphan in find_children(os.getpid()):
                 with contextlib.suppress(ProcessLookupError):
-                    os.killpg(pid, signal.SIGKILL)
-                _, status = os.waitpid(pid, 0)
-                self._write_exit(pid, self._children.pop(pid), os.waitstatus_to_exitcode(status))
+                    os.kill(orphan, signal.SIGKILL)
 
     def _write_exit(self, pid: int, directory: Path, status: int) -> None:
+        before, self._oom_kills = self._oom_kills, count_oom_kills()
         try:
             holder = job_folder.read_holder(directory)
             if holder is not None and holder.pid != pid:
@@ -250,6 +271,7 @@ class KeeperProcess:
                 directory,
                 code=status if status >= 0 else None,
                 signal_number=-status if status < 0 else None,
+                out_of_memory=status == -signal.SIGKILL and self._oom_kills > before,
             )
         except OSError:  # a deleted job or a full disk; the lock that is free tells the rest
             traceback.print_exc()
@@ -266,6 +288,12 @@ class KeeperProcess:
         if self._address.parent != self._data_dir:
             shutil.rmtree(self._address.parent)
         os.close(self._lock)
+
+
+def _become_reaper() -> None:
+    """Have what ended workers leave behind handed to this process, where the system can do that."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
 
 
 def _choose_address(data_dir: Path) -> Path:

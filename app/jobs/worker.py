@@ -9,13 +9,12 @@ import argparse
 import contextlib
 import errno
 import faulthandler
-import hashlib
-import json
 import os
 import random
 import signal
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Mapping
 from dataclasses import replace
@@ -32,6 +31,7 @@ from app.jobs.spool import SpoolWriter
 from app.training.places import checkpoint_path, checkpoint_steps
 
 LOG_BYTES = 10 * 2**20
+SIGN_SECONDS = 1.0  # between two signs of life of the loop
 TRACEBACK_BYTES = 64 * 2**10
 MESSAGE_CHARACTERS = 1000
 SMALL_MODEL_BYTES = 2 * 2**30
@@ -213,15 +213,10 @@ def _run(
 
 def _digest_weights(model: Any) -> str | None:
     """SHA-256 of what a checkpoint would hold, by name; None where weights are not there yet."""
-    from app.freezing.digest import digest_tensor
     from app.sources.hub import is_weightless
-    from app.training.checkpoint import model_tensors
+    from app.training.checkpoint import digest_weights
 
-    if is_weightless(model):
-        return None
-    tensors = model_tensors(model)
-    listed = [[name, digest_tensor(tensor)] for name, tensor in sorted(tensors.items())]
-    return "sha256:" + hashlib.sha256(json.dumps(listed).encode()).hexdigest()
+    return None if is_weightless(model) else digest_weights(model)
 
 
 def _is_small(graph: Any) -> bool:
@@ -277,11 +272,19 @@ class Wishes:
 
     def __init__(self, directory: Path) -> None:
         self._read = WishReader(directory)
+        self._sign_of_life = directory / "attempt.json"
+        self._shown_at = time.monotonic()
         self._loading = True
         self._signalled = False
 
     def __call__(self) -> Wish:
         wish = self._read()
+        now = time.monotonic()
+        if now - self._shown_at >= SIGN_SECONDS:
+            # The loop asks between two steps, and between two batches of an evaluation, which
+            # reports nothing for long: whoever asks has not hung.
+            self._shown_at = now
+            os.utime(self._sign_of_life)
         if self._signalled and wish.state != "release":
             return replace(wish, state="stop")
         return wish

@@ -11,7 +11,7 @@ from sqlmodel import Session
 
 from app.freezing.errors import InvalidDocument
 from app.store import catalog, jobs
-from app.store.tables import FreezeConfigRow, Job, Model, Sweep, Task
+from app.store.tables import Attempt, FreezeConfigRow, Job, Model, Sweep, Task
 
 Document = dict[str, Any]
 Row = TypeVar("Row", Model, FreezeConfigRow, Job, Task, Sweep)
@@ -23,6 +23,8 @@ CONFIG_ROW_MEMBERS = (
 )  # fmt: skip
 MAX_TEXT = {"name": 200, "notes": 20_000}
 MAX_ID = 2**63 - 1
+# Whole numbers of a job that may be given and changed: name → (least, most).
+JOB_NUMBERS = {"priority": (-1000, 1000), "restarts_left": (0, jobs.RESTARTS)}
 NO_PROOF: Document = {
     "verdict": "pending",
     "frozen": {"checked": 0, "identical": 0, "changed": []},
@@ -106,6 +108,23 @@ def read_texts(doc: Mapping[str, Any]) -> dict[str, str]:
     return texts
 
 
+def read_numbers(doc: Mapping[str, Any]) -> dict[str, int]:
+    """The `priority` and `restarts_left` that are given."""
+    numbers = {key: doc[key] for key in JOB_NUMBERS if doc.get(key) is not None}
+    errors = [
+        (key, f"{key!r} must be a whole number from {least} to {most}.")
+        for key, (least, most) in JOB_NUMBERS.items()
+        if key in numbers and not _is_whole(numbers[key], least, most)
+    ]
+    if errors:
+        raise InvalidDocument(errors)
+    return numbers
+
+
+def _is_whole(value: Any, least: int, most: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and least <= value <= most
+
+
 @contextmanager
 def collecting(errors: list[tuple[str, str]], under: str = "") -> Iterator[None]:
     """Add the faults of an InvalidDocument to `errors`, so that all are told at once."""
@@ -161,16 +180,43 @@ def shorten_config(document: Document) -> Document:
     return {**members(document, drop=("frozen", "trainable")), **counts}
 
 
+def _percent(part_ms: float | None, whole_ms: float | None) -> float | None:
+    return round(100 * part_ms / whole_ms, 2) if part_ms is not None and whole_ms else None
+
+
 def job_document(session: Session, job: Job) -> Document:
     return job_documents(session, [job])[0]
 
 
 def job_documents(session: Session, rows: Iterable[Job]) -> list[Document]:
-    pids = {attempt.job_id: attempt.pid for _, attempt in jobs.live_attempts(session)}
-    return [_describe_job(job, pids.get(job.id or 0)) for job in rows]
+    found = list(rows)
+    attempts = jobs.newest_attempts(session, [job.id or 0 for job in found])
+    is_any_queued = any(job.state == "queued" for job in found)
+    positions = jobs.queue_positions(session) if is_any_queued else {}
+    return [
+        _describe_job(job, attempts.get(job.id or 0), positions.get(job.id or 0)) for job in found
+    ]
 
 
-def _describe_job(job: Job, pid: int | None) -> Document:
+def attempt_document(attempt: Attempt) -> Document:
+    return {
+        "number": attempt.number,
+        "device": attempt.device,
+        "resume_step": attempt.resume_step,
+        "outcome": attempt.outcome,
+        "error": None
+        if attempt.reason is None
+        else {"reason": attempt.reason, "message": attempt.message},
+        "worker_pid": attempt.pid if attempt.ended_at is None else None,
+        "peak_memory_bytes": attempt.peak_bytes,
+        "peak_device_memory_bytes": attempt.peak_device_bytes,
+        "started_at": attempt.started_at,
+        "ended_at": attempt.ended_at,
+    }
+
+
+def _describe_job(job: Job, attempt: Attempt | None, position: int | None) -> Document:
+    is_live = attempt is not None and attempt.ended_at is None
     is_running = job.state == "running"
     eta = None
     if is_running and job.total_steps is not None and job.step_ms is not None:
@@ -190,9 +236,18 @@ def _describe_job(job: Job, pid: int | None) -> Document:
         "epoch": job.epoch,
         "eta_seconds": eta,
         "step_ms": job.step_ms,
+        "peak_bytes": attempt and (attempt.peak_device_bytes or attempt.peak_bytes),
+        "measure_percent": _percent(job.measure_ms, job.step_ms),
         "error": error_document(job),
-        "worker_pid": pid,
+        "worker_pid": attempt.pid if attempt is not None and is_live else None,
         "attempt": job.attempt,
+        "priority": job.priority,
+        "position": position,
+        "waiting_for": job.waiting_for,
+        "restarts_left": job.restarts_left,
+        "is_restarting": job.is_restarting,
+        "peak_memory_bytes": attempt and attempt.peak_bytes,
+        "peak_device_memory_bytes": attempt and attempt.peak_device_bytes,
         "pause": job.wish if job.wish in ("hold", "release") else None,
         "proof": job.verdict,
         "device": job.spec["training"]["device"],

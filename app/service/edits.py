@@ -30,8 +30,8 @@ def always_trains(config: FreezeConfig, graph: ModelGraph) -> bool:
     """
 
     def trains(steps_per_epoch: int) -> bool:
-        def begins(change: Change) -> int:
-            return change.count * (steps_per_epoch if change.unit == "epoch" else 1)
+        def begins(change: Change) -> float:
+            return change.begins(steps_per_epoch)
 
         floating = {parameter.name for parameter in graph.parameters if parameter.floating}
         trainable = {name for name, frozen in expand_rules(config, graph).items() if not frozen}
@@ -102,7 +102,7 @@ def _due_rules(config: FreezeConfig, job: Job) -> list[Rule]:
     steps_per_epoch = job.step / job.epoch if job.epoch else 1.0
 
     def begins(change: Change) -> float:
-        return change.count * (steps_per_epoch if change.unit == "epoch" else 1)
+        return change.begins(steps_per_epoch)
 
     # Half a step: the quotient above is rounded.
     due = (change for change in config.schedule if begins(change) < job.step + 0.5)

@@ -12,8 +12,11 @@ from app.freezing.errors import InvalidDocument
 from app.service.configs import Configs
 from app.service.documents import (
     CONFIG_ROW_MEMBERS,
+    JOB_NUMBERS,
+    MAX_TEXT,
     Document,
     NotFound,
+    attempt_document,
     check_members,
     collecting,
     find_row,
@@ -23,6 +26,7 @@ from app.service.documents import (
     job_documents,
     members,
     read_id,
+    read_numbers,
     read_texts,
     shorten_config,
 )
@@ -32,7 +36,7 @@ from app.store import files, jobs
 from app.store.tables import Attempt, Job, Model
 from app.training.recipe import parse_recipe, recipe_document
 
-JOB_MEMBERS = ("kind", "model_id", "config", "dataset", "training", "name", "notes")
+JOB_MEMBERS = ("kind", "model_id", "config", "dataset", "training", "name", "notes", *JOB_NUMBERS)
 NOTHING_TRAINABLE = (
     "Nothing is trainable under this config, so there is nothing to train. Unfreeze something, or "
     "start an evaluation (kind 'evaluate')."
@@ -63,7 +67,7 @@ class Jobs(Configs):
         if kind not in ("train", "evaluate"):
             errors.append(("kind", f"{kind!r} is not a kind of job; 'train' and 'evaluate' are."))
         with collecting(errors):
-            texts = read_texts(doc)
+            given = {**read_texts(doc), **read_numbers(doc)}
         with collecting(errors):
             dataset = spec_document(parse_dataset_spec(doc.get("dataset"), **self._dirs()))
         with collecting(errors):
@@ -82,7 +86,7 @@ class Jobs(Configs):
             **self._surroundings(),
         }
         row = {"kind": kind, "spec": spec, "model_id": model_id}
-        return {**row, "config_id": config_id, "config": config, **texts}
+        return {**row, "config_id": config_id, "config": config, **given}
 
     def _read_training(self, doc: Any) -> Document:
         recipe = parse_recipe({} if doc is None else doc)
@@ -133,16 +137,32 @@ class Jobs(Configs):
             return job_document(session, find_row(session, Job, job_id))
 
     def edit_job(self, job_id: int, doc: Mapping[str, Any]) -> Document:
-        """Change a job's name or notes."""
-        check_members(doc, ("name", "notes"))
-        texts = read_texts(doc)
+        """Change a job's name or notes, its priority, or how often it may restart by itself."""
+        check_members(doc, (*MAX_TEXT, *JOB_NUMBERS))
+        errors: list[tuple[str, str]] = []
+        changes: Document = {}
+        for read in (read_texts, read_numbers):
+            with collecting(errors):
+                changes |= read(doc)
+        if errors:
+            raise InvalidDocument(errors)
+        if changes.get("restarts_left") == 0:
+            changes |= {"is_restarting": False}
 
         def edit(session: Session) -> Document:
             job = find_row(session, Job, job_id)
-            jobs.update_job(session, job, **texts)
+            if job.is_restarting and not changes.get("is_restarting", True):
+                changes["waiting_for"] = None
+            jobs.update_job(session, job, **changes)
             return job_document(session, job)
 
-        return self._db.write(edit)
+        return self._write_and_wake(edit)
+
+    def list_attempts(self, job_id: int) -> list[Document]:
+        """Every start of a job, the first one first: when, where, from which step, how it ended."""
+        with self._db.read() as session:
+            find_row(session, Job, job_id)
+            return [attempt_document(one) for one in jobs.attempts_of(session, job_id)]
 
     def delete_job(self, job_id: int) -> None:
         """Remove a job that does not run, with everything that lies on disk."""
@@ -153,7 +173,8 @@ class Jobs(Configs):
 
         self._db.write(delete)
         files.remove_folder(self._folder(job_id))
-        self._db.write(jobs.give_space_back)
+        while self._db.write(jobs.delete_leftovers):
+            pass
 
     def stop_job(self, job_id: int) -> Document:
         """End a job after its current step, with a checkpoint."""

@@ -23,7 +23,7 @@ from app.service.export import export_csv, export_json
 from app.service.jobs import Jobs
 from app.service.news import Event, Place, find_end, read_all_news, read_job_news
 from app.service.timeline import describe_timeline, rules_now
-from app.store import files, jobs, samples
+from app.store import charts, files, jobs, samples
 from app.store.tables import Job, Proof
 from app.training.places import checkpoint_path, checkpoint_steps
 
@@ -41,7 +41,7 @@ class Records(Jobs):
     ) -> Document:
         with self._db.read() as session:
             find_row(session, Job, job_id)
-            return dict(samples.read_series(session, job_id, name, points, from_, to))
+            return dict(charts.read_series(session, job_id, name, points, from_, to))
 
     def read_layers(
         self,
@@ -53,10 +53,10 @@ class Records(Jobs):
         match: str | None = None,
         reduce: str = "max",
     ) -> Document:
-        if stat not in samples.STATS:
-            choices = ", ".join(samples.STATS)
+        if stat not in charts.STATS:
+            choices = ", ".join(charts.STATS)
             raise InvalidDocument([("stat", f"{stat!r} is not a measure; {choices} are.")])
-        if reduce not in samples.REDUCTIONS:
+        if reduce not in charts.REDUCTIONS:
             raise InvalidDocument([("reduce", f"{reduce!r} may be 'max', 'min' or 'last'.")])
         try:
             is_wanted = compile_match(match) if match else lambda _: True
@@ -66,7 +66,7 @@ class Records(Jobs):
             find_row(session, Job, job_id)
             layers = samples.read_layers(session, job_id)
             positions = [index for index, path in enumerate(layers) if is_wanted(path)]
-            steps, values = samples.read_matrix(
+            steps, values = charts.read_matrix(
                 session, job_id, stat, positions, points, from_, to, reduce
             )
         return {"layers": [layers[i] for i in positions], "steps": steps, "values": values}
@@ -192,8 +192,10 @@ class Records(Jobs):
                 return events, events[-1][2] if events else since, False
             job, folder = find_row(session, Job, job_id), self._folder(job_id)
             if cursor == "now":
-                return [], str(find_end(session, job, folder)), job.state in jobs.ENDED
+                has_ended = job.state in jobs.ENDED and not job.is_restarting
+                return [], str(find_end(session, job, folder)), has_ended
             events = list(read_job_news(session, job, folder, Place.read(cursor)))
             after = Place.read(events[-1][2] if events else cursor)
             is_told = after.attempt == job.attempt and after.version == job.version
-            return events, str(after), is_told and job.state in jobs.ENDED
+            has_ended = job.state in jobs.ENDED and not job.is_restarting
+            return events, str(after), is_told and has_ended

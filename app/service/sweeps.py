@@ -22,7 +22,7 @@ from app.service.documents import (
     read_texts,
 )
 from app.service.records import Records
-from app.store import catalog, files, jobs, samples
+from app.store import catalog, charts, files, jobs
 from app.store.tables import Model, Sweep
 
 SWEEP_MEMBERS = ("model_id", "sets", "dataset", "training", "name", "notes")
@@ -122,8 +122,8 @@ class Sweeps(Records):
 
     def _row(self, name: str, job: Document) -> Document:
         with self._db.read() as session:
-            first = samples.read_series(session, job["id"], first=0, last=0)
-            last = samples.read_series(session, job["id"], points=1)
+            first = charts.read_series(session, job["id"], first=0, last=0)
+            last = charts.read_series(session, job["id"], points=1)
         metrics = {
             key: {"before": _only(first.get(key)), "after": _only(series)}
             for key, series in last.items()
@@ -172,7 +172,8 @@ class Sweeps(Records):
 
         for job_id in self._db.write(delete):
             files.remove_folder(self._folder(job_id))
-        self._db.write(jobs.give_space_back)
+        while self._db.write(jobs.delete_leftovers):
+            pass
 
 
 def _describe_sweep(session: Session, sweep: Sweep) -> Document:

@@ -1,6 +1,7 @@
 """The database: one writing thread, many readers, and a signal at every change."""
 
 import asyncio
+import errno
 import shutil
 import sqlite3
 import threading
@@ -11,11 +12,23 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from sqlalchemy import Engine, create_engine, event
+from sqlalchemy.exc import DBAPIError
 from sqlmodel import Session
+
+from app.store import rollups
 
 T = TypeVar("T")
 
 MIGRATIONS = Path(__file__).parent / "migrations"
+DAMAGE = ("malformed", "is not a database", "unsupported file format")
+
+
+class DatabaseFull(OSError):
+    """The disk has no room for what was to be stored; nothing of it was."""
+
+
+class DatabaseDamaged(RuntimeError):
+    """The file is not what SQLite wrote; str() says what to do."""
 
 
 class DatabaseFromTheFuture(RuntimeError):
@@ -46,8 +59,16 @@ class Database:
         """Run `change` in the writing thread in one transaction; commit, or roll back if it raises.
 
         Blocks until done. What it returns stays readable after the commit.
+
+        Raises:
+            DatabaseFull: there is no room on the disk.
+            DatabaseDamaged: what is in the file cannot be read.
         """
-        return self._thread.submit(self._commit, change).result()
+        try:
+            result = self._thread.submit(self._commit, change).result()
+        except DBAPIError as error:
+            raise _in_words(error, self.path) from error
+        return result
 
     def _commit(self, change: Callable[[Session], T]) -> T:
         with Session(self._writer, expire_on_commit=False) as session, session.begin():
@@ -93,6 +114,21 @@ class Database:
         self._thread.shutdown()
         self._readers.dispose()
         self._writer.dispose()
+
+
+def _in_words(error: DBAPIError, path: Path) -> Exception:
+    """What a full disk or a damaged file makes SQLite say, as an error of ours; else the same."""
+    said = str(error.orig)
+    if "disk is full" in said or (
+        "disk I/O error" in said and not shutil.disk_usage(path.parent).free
+    ):
+        return DatabaseFull(errno.ENOSPC, f"The disk of {path} is full, so nothing was stored")
+    if any(words in said for words in DAMAGE):
+        return DatabaseDamaged(
+            f"{path} is damaged ({said}). Restart the server: it sets the file aside and rebuilds "
+            "jobs and metrics from their folders."
+        )
+    return error
 
 
 def _wake(future: asyncio.Future[None]) -> None:
@@ -161,6 +197,8 @@ def upgrade_schema(path: Path, schema: str = "head") -> None:
     with engine.begin() as connection:
         config.attributes["connection"] = connection
         command.upgrade(config, schema)
+        if current is not None and schema == "head":
+            rollups.rebuild(connection)
     engine.dispose()
 
 

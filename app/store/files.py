@@ -47,3 +47,12 @@ def remove_folder(path: Path) -> None:
     with contextlib.suppress(FileNotFoundError):
         path.rename(doomed)
         shutil.rmtree(doomed)
+
+
+def folder_bytes(path: Path) -> int:
+    """Bytes in all files below a folder; 0 where there is none."""
+    total = 0
+    for file in path.rglob("*"):
+        with contextlib.suppress(FileNotFoundError):  # removed in this moment
+            total += file.lstat().st_size
+    return total

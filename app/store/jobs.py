@@ -7,7 +7,7 @@ from sqlalchemy import text, update
 from sqlalchemy.orm import defer
 from sqlmodel import Session, col, delete, select
 
-from app.store.tables import Attempt, Job, Layer, LayerStat, Metric, Proof, Sweep, utc_now
+from app.store.tables import Attempt, Job, Layer, Proof, Series, Sweep, utc_now
 
 TRANSITIONS: Mapping[str, frozenset[str]] = {
     "queued": frozenset({"starting", "stopped"}),
@@ -22,6 +22,7 @@ TRANSITIONS: Mapping[str, frozenset[str]] = {
 }
 # The config lists every name of the model: lists and streams of jobs leave it where it is.
 _WITHOUT_CONFIG = defer(Job.config)  # type: ignore[arg-type]
+RESTARTS = 3  # how often a job is queued again by itself before somebody must ask
 ENDED = frozenset({"stopped", "failed", "interrupted", "succeeded"})
 
 
@@ -57,6 +58,7 @@ def move_job(session: Session, job: Job, state: str, **changes: Any) -> bool:
     sources = [source for source, targets in TRANSITIONS.items() if state in targets]
     if state in ENDED:
         changes.setdefault("ended_at", utc_now())
+    changes.setdefault("waiting_for", None)
     statement = (
         update(Job)
         .where(col(Job.id) == job.id, col(Job.version) == job.version, col(Job.state).in_(sources))
@@ -90,6 +92,12 @@ def queued_jobs(session: Session) -> Sequence[Job]:
     return session.exec(query.order_by(col(Job.priority).desc(), col(Job.place))).all()
 
 
+def restarting_jobs(session: Session) -> Sequence[Job]:
+    """Jobs that were cut short and are to be queued again without anybody asking."""
+    query = select(Job).options(_WITHOUT_CONFIG).where(col(Job.is_restarting))
+    return session.exec(query.order_by(col(Job.priority).desc(), col(Job.place))).all()
+
+
 def live_attempts(session: Session) -> Sequence[tuple[Job, Attempt]]:
     """Attempts that have not ended, each with its job."""
     query = select(Job, Attempt).options(_WITHOUT_CONFIG)
@@ -106,6 +114,26 @@ def list_attempts(session: Session, job_id: int) -> Sequence[Attempt]:
 def living_attempt(session: Session, job: Job) -> Attempt | None:
     attempt = session.get(Attempt, (job.id, job.attempt))
     return attempt if attempt is not None and attempt.ended_at is None else None
+
+
+def attempts_of(session: Session, job_id: int) -> Sequence[Attempt]:
+    """Every attempt of a job, the first one first."""
+    query = select(Attempt).where(Attempt.job_id == job_id).order_by(col(Attempt.number))
+    return session.exec(query).all()
+
+
+def newest_attempts(session: Session, job_ids: Sequence[int]) -> dict[int, Attempt]:
+    """Job → its newest attempt, ended or not; those that never started have none."""
+    query = select(Attempt).join(Job, col(Job.id) == Attempt.job_id)
+    query = query.where(col(Attempt.job_id).in_(job_ids), Attempt.number == Job.attempt)
+    return {attempt.job_id: attempt for attempt in session.exec(query)}
+
+
+def queue_positions(session: Session) -> dict[int, int]:
+    """Job → its place in the queue, from 1 on."""
+    query = select(Job.id).where(Job.state == "queued")
+    ids = session.exec(query.order_by(col(Job.priority).desc(), col(Job.place))).all()
+    return {job_id: position for position, job_id in enumerate(ids, 1) if job_id is not None}
 
 
 def resume_step(session: Session, job: Job) -> int:
@@ -139,10 +167,21 @@ def wish_for(session: Session, job: Job, wish: str) -> None:
 
 
 def queue_job(session: Session, job: Job, **changes: Any) -> bool:
+    """Let a job wait for its next attempt, behind those of its priority that wait already.
+
+    Who asks for it, asks for as many restarts again as a new job has; a restart is one less.
+    """
+    changes.setdefault("restarts_left", RESTARTS)
     return move_job(
-        session, job, "queued", queued_at=utc_now(), wish="running", ended_at=None,
-        error_reason=None, error_message=None, **changes,
+        session, job, "queued", queued_at=utc_now(), place=last_version(session) + 1,
+        wish="running", ended_at=None, error_reason=None, error_message=None,
+        is_restarting=False, **changes,
     )  # fmt: skip
+
+
+def restart_job(session: Session, job: Job) -> bool:
+    """Queue a job again that was cut short; whether it was still to be."""
+    return job.is_restarting and queue_job(session, job, restarts_left=job.restarts_left - 1)
 
 
 def end_attempt(
@@ -153,22 +192,26 @@ def end_attempt(
     *,
     reason: str | None = None,
     message: str | None = None,
+    is_worth_a_restart: bool = False,
 ) -> None:
     """Record how an attempt ended and bring its job to the state that follows from it.
 
     Args:
         outcome: ``succeeded``, ``stopped``, ``released``, ``failed`` or ``interrupted``.
         reason, message: what to show as the job's error.
+        is_worth_a_restart: the same job may get further when it is started again.
     """
-    attempt.ended_at = utc_now()
-    attempt.outcome = outcome
+    attempt.ended_at, attempt.outcome = utc_now(), outcome
+    attempt.reason, attempt.message = reason, message
     session.add(attempt)
     session.flush()
     state = "paused" if outcome == "released" else outcome
     if job.state == "stopping" and state == "paused":
         state = "stopped"  # a stop that came while the release was under way
     if state != job.state:
-        _come_to(session, job, state, error_reason=reason, error_message=message)
+        is_restarting = is_worth_a_restart and job.restarts_left > 0
+        error = {"error_reason": reason, "error_message": message}
+        _come_to(session, job, state, is_restarting=is_restarting, **error)
     if state == "paused" and job.wish == "running":
         queue_job(session, job)  # it was resumed while the release was under way
 
@@ -182,13 +225,51 @@ def _come_to(session: Session, job: Job, state: str, **changes: Any) -> None:
 
 
 def delete_job(session: Session, job: Job) -> None:
-    """Remove a job's rows and give the space back to the file system."""
-    for table in (LayerStat, Layer, Metric, Proof, Attempt):
+    """Remove a job from every list and view; `delete_leftovers` then removes what it recorded."""
+    for table in (Layer, Series, Proof, Attempt):
         session.exec(delete(table).where(col(table.job_id) == job.id))
     session.delete(job)
     session.flush()
     if job.sweep_id is not None and not jobs_of_sweep(session, job.sweep_id):
         session.exec(delete(Sweep).where(col(Sweep.id) == job.sweep_id))
+
+
+def delete_leftovers(session: Session, limit: int = 100_000) -> bool:
+    """Remove up to so many rows of jobs that are gone, and give their space back.
+
+    A job of millions of rows is removed in portions, so that others are written in between; what a
+    crash leaves is found by the next call.
+
+    Returns:
+        Whether there may be more.
+    """
+    connection = session.connection()
+    for table, key, columns, owner in _RECORDED:
+        # One look-up a job: the next larger key, again and again.
+        found = connection.exec_driver_sql(
+            f"""WITH RECURSIVE owned(id) AS (SELECT min({key}) FROM {table} UNION ALL
+                SELECT (SELECT min({key}) FROM {table} WHERE {key} > id) FROM owned
+                WHERE id IS NOT NULL)
+                SELECT min(id) FROM owned WHERE id NOT IN (SELECT id FROM {owner})"""  # noqa: S608
+        ).scalar_one()
+        if found is not None:
+            connection.exec_driver_sql(
+                f"DELETE FROM {table} WHERE ({columns}) IN"  # noqa: S608
+                f" (SELECT {columns} FROM {table} WHERE {key} = ? LIMIT ?)",
+                (found, limit),
+            )
+            give_space_back(session)
+            return True
+    give_space_back(session)
+    return False
+
+
+_RECORDED = (
+    ("layer_stat", "job_id", "job_id, position, step", "job"),
+    ("layer_rollup", "job_id", "job_id, width, position, block", "job"),
+    ("metric", "series_id", "series_id, step", "series"),
+    ("metric_rollup", "series_id", "series_id, width, block", "series"),
+)
 
 
 def give_space_back(session: Session) -> None:

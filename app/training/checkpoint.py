@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from app.freezing.digest import digest_tensor
 from app.freezing.trace import read_model
 from app.training.places import checkpoint_path
 
@@ -32,12 +33,20 @@ class CorruptCheckpoint(Exception):
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What one checkpoint holds: the model, the trainer's tensors and its plain values."""
+    """What one checkpoint holds: the model, the trainer's tensors and its plain values.
+
+    Attributes:
+        model: all that a model's state dict has, or the part of it that differs from the base.
+        base: of the base model ``fingerprint`` and ``weights_digest``; None where `model` is whole.
+        beside: name → text of files that make the folder one that Transformers loads.
+    """
 
     step: int
     model: Mapping[str, torch.Tensor]
     trainer: Mapping[str, torch.Tensor]
     state: Mapping[str, Any]
+    base: Mapping[str, str] | None = None
+    beside: Mapping[str, str] = field(default_factory=dict)
 
 
 def write_checkpoint(folder: Path, checkpoint: Checkpoint) -> dict[str, Any]:
@@ -57,15 +66,20 @@ def write_checkpoint(folder: Path, checkpoint: Checkpoint) -> dict[str, Any]:
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
     try:
-        save_file(_storable(checkpoint.model), temporary / MODEL_FILE, metadata={"format": "pt"})
+        facts = {f"base_{key}": value for key, value in (checkpoint.base or {}).items()}
+        metadata = {"format": "pt", **facts}
+        save_file(_storable(checkpoint.model), temporary / MODEL_FILE, metadata=metadata)
         save_file(_storable(checkpoint.trainer), temporary / TRAINER_FILE)
         (temporary / STATE_FILE).write_text(json.dumps(checkpoint.state))
+        for name, text in checkpoint.beside.items():
+            (temporary / name).write_text(text, encoding="utf-8")
         created_at = datetime.now(UTC).isoformat()
         files = {path.name: _describe_file(path) for path in sorted(temporary.iterdir())}
         manifest = {
             "format": FORMAT,
             "step": checkpoint.step,
             "created_at": created_at,
+            "base": checkpoint.base,
             "files": files,
         }
         (temporary / MANIFEST_FILE).write_text(json.dumps(manifest))
@@ -107,6 +121,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
         model=load_file(path / MODEL_FILE),
         trainer=load_file(path / TRAINER_FILE),
         state=json.loads((path / STATE_FILE).read_text()),
+        base=manifest.get("base"),
     )
 
 
@@ -129,16 +144,68 @@ def model_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
     }
 
 
-def load_model_tensors(model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
+def describe_base(model: nn.Module) -> dict[str, str]:
+    """What ties a partial checkpoint to the model as it was built: its shape and its weights."""
+    return {"fingerprint": read_model(model).fingerprint, "weights_digest": digest_weights(model)}
+
+
+def digest_weights(model: nn.Module) -> str:
+    """SHA-256 of what a whole checkpoint of the model would hold, by name."""
+    tensors = model_tensors(model)
+    listed = [[name, digest_tensor(tensor)] for name, tensor in sorted(tensors.items())]
+    return "sha256:" + hashlib.sha256(json.dumps(listed).encode()).hexdigest()
+
+
+def describe_for_transformers(model: nn.Module) -> dict[str, str]:
+    """The files with which ``from_pretrained`` loads a checkpoint's folder; none for other models.
+
+    Known by what it offers, so that nothing is imported and users' own wrappers count too.
+    """
+    files = {}
+    for name in ("config", "generation_config"):
+        describe = getattr(getattr(model, name, None), "to_json_string", None)
+        if describe is not None:
+            document = json.loads(describe())
+            if name == "config":
+                document["architectures"] = [type(model).__name__]
+            files[f"{name}.json"] = json.dumps(document, indent=2, sort_keys=True) + "\n"
+    return files if "config.json" in files else {}
+
+
+def load_checkpoint_model(model: nn.Module, checkpoint: Checkpoint) -> None:
+    """Give a freshly built model the tensors of a checkpoint.
+
+    Raises:
+        CorruptCheckpoint: names or shapes differ, or it holds a part and the base is another one.
+    """
+    if checkpoint.base is not None:
+        here = describe_base(model)
+        if here != checkpoint.base:
+            what = "weights" if here["fingerprint"] == checkpoint.base["fingerprint"] else "shape"
+            raise CorruptCheckpoint(
+                f"Checkpoint {checkpoint.step} holds only what was trained over a base model with "
+                f"another {what}: {checkpoint.base} there, {here} here. Restore that base model."
+            )
+    load_model_tensors(model, checkpoint.model, partial=checkpoint.base is not None)
+
+
+def load_model_tensors(
+    model: nn.Module, tensors: Mapping[str, torch.Tensor], partial: bool = False
+) -> None:
     """Copy a checkpoint's tensors into a model of the same names and shapes.
+
+    Args:
+        partial: tensors that are not given stay as they are.
 
     Raises:
         CorruptCheckpoint: names or shapes differ.
     """
     own = model_tensors(model)
     late = {name: t for name, t in tensors.items() if name not in own}
-    if not set(own) - set(tensors):
+    if partial or not set(own) - set(tensors):
         own |= _register_late_buffers(model, late)
+    if partial:
+        own = {name: tensor for name, tensor in own.items() if name in tensors}
     if set(own) != set(tensors):
         raise CorruptCheckpoint(
             f"The checkpoint and the model differ in {sorted(set(own) ^ set(tensors))[:5]}."

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -12,6 +11,7 @@ import torch.nn.functional as F
 
 from app.freezing.errors import InvalidDocument
 from app.freezing.trace import call_model
+from app.sources.datasets import Data
 from app.sources.models import BuiltModel
 from app.training.batches import (
     SeededItems,
@@ -21,6 +21,8 @@ from app.training.batches import (
     move_batch,
     untouched_generators,
 )
+from app.training.forward import Autocast
+from app.training.recipe import Recipe
 
 IGNORED_TARGET = -100  # cross-entropy's own convention for positions that do not count
 
@@ -105,7 +107,7 @@ def evaluate_set(
     seed_items: bool,
     seed: int,
     device: torch.device,
-    autocast: Callable[[], contextlib.AbstractContextManager[Any]],
+    autocast: Autocast,
     interrupted: Callable[[], bool],
 ) -> dict[str, float] | None:
     """Loss and metrics over one set, in eval mode, without a graph.
@@ -136,6 +138,38 @@ def evaluate_set(
                 sums[name] += value * count
                 counts[name] += count
     return {name: sums[name] / counts[name] for name in sums if counts[name]}
+
+
+def judge_sets(
+    built: BuiltModel,
+    data: Data,
+    recipe: Recipe,
+    device: torch.device,
+    autocast: Autocast,
+    interrupted: Callable[[], bool],
+) -> dict[str, float] | None:
+    """``eval/NAME/METRIC`` → value for every evaluation set, or for the training set if none.
+
+    Returns:
+        None when `interrupted`.
+    """
+    values: dict[str, float] = {}
+    for name, dataset in (data.evals or {"train": data.train}).items():
+        judged = evaluate_set(
+            built,
+            dataset,
+            batch_size=recipe.eval_batch_size,
+            collate=data.collate,
+            seed_items=data.seed_items,
+            seed=recipe.seed,
+            device=device,
+            autocast=autocast,
+            interrupted=interrupted,
+        )
+        if judged is None:
+            return None
+        values |= {f"eval/{name}/{metric}": value for metric, value in judged.items()}
+    return values
 
 
 def _judge_batch(

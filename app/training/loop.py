@@ -2,61 +2,43 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import nn
 
-from app.freezing.apply import Freeze, apply_config
-from app.freezing.config import (
-    Change,
-    FreezeConfig,
-    config_document,
-    due_changes,
-    match_names,
-    parse_config,
-    parse_rules,
-    rule_document,
-    unmatched_rules,
-)
-from app.freezing.errors import InvalidDocument
-from app.freezing.measure import LayerMeasure
-from app.freezing.presets import shortest_rules
+from app.freezing.config import FreezeConfig
 from app.freezing.proof import Proof
-from app.freezing.trace import read_model
 from app.sources.datasets import Data
 from app.sources.models import BuiltModel
-from app.training.batches import (
-    Batches,
-    count_examples,
-    move_batch,
-    read_generators,
-    seed_generators,
-    write_generators,
-)
+from app.training.batches import Batches, read_generators, seed_generators, write_generators
 from app.training.checkpoint import (
     Checkpoint,
     delete_checkpoint,
-    load_model_tensors,
+    describe_base,
+    describe_for_transformers,
+    load_checkpoint_model,
     model_tensors,
     read_checkpoint,
     write_checkpoint,
 )
-from app.training.judge import call_on_batch, compute_loss, evaluate_set
+from app.training.forward import choose_autocast
+from app.training.judge import judge_sets
+from app.training.optimizer import flatten_state, read_state, unflatten_state
+from app.training.phases import Phases
 from app.training.places import checkpoint_steps
-from app.training.recipe import Recipe, learning_rate_factor
+from app.training.recipe import Recipe
+from app.training.start import begin_words, describe_start, peak_bytes, unmatched_words
+from app.training.step import NonFinite, Stepper
 
 Emit = Callable[[str, dict[str, Any]], None]
 
 HOLD_POLL_SECONDS = 0.05
-MAX_SKIPPED_IN_A_ROW = 50  # a gradient scaler halves its scale each time: 2⁻⁵⁰ helps nobody
 
 
 class Wish(Protocol):
@@ -78,8 +60,7 @@ class Outcome:
     step: int
 
 
-class NonFinite(Exception):
-    """A loss or gradient became NaN or infinite; caught before the optimizer's step."""
+_ENDINGS = {"stop": "stopped", "release": "released"}
 
 
 def train(
@@ -93,6 +74,7 @@ def train(
     emit: Emit,
     wishes: Callable[[], Wish],
     resume_from: Path | None = None,
+    compile_backend: str = "inductor",
 ) -> Outcome:
     """Train until the recipe is done or somebody wishes otherwise.
 
@@ -103,18 +85,19 @@ def train(
             checkpoint, freeze, and line for the log.
         wishes: asked before every step; must be cheap.
         resume_from: a checkpoint of the same model to go on from.
+        compile_backend: of torch.compile, where the recipe compiles.
 
     Raises:
         InvalidDocument: nothing is trainable, or model, data and options do not go together.
         NonFinite: the loss or the gradient is no longer a number.
-        CorruptCheckpoint: `resume_from` is not what was written.
+        CorruptCheckpoint: `resume_from` is not what was written, or is part of another model.
 
     Side effects: seeds the global generators; moves the model to the device; writes checkpoints.
     """
     earlier = None if resume_from is None else read_checkpoint(resume_from)
     place = torch.device(device)
-    run = _Run(built, data, config, recipe, place, checkpoints, emit, wishes, earlier)
-    run.begin()
+    run = _Run(built, data, config, recipe, place, checkpoints, emit, wishes, compile_backend)
+    run.begin(earlier)
     outcome = "succeeded"
     while not run.is_done():
         wish = run.obey()
@@ -123,16 +106,15 @@ def train(
             break
         if run.owes_evaluation():
             run.evaluate()
+        elif run.owes_proof():
+            run.prove()
         elif run.owes_checkpoint():
             run.save()
         else:
             run.change_what_is_frozen()
             run.take_step()
-    run.save(final=True)
+    run.save(final=True, whole=outcome == "succeeded")
     return Outcome(outcome, run.step)
-
-
-_ENDINGS = {"stop": "stopped", "release": "released"}
 
 
 def evaluate(
@@ -148,9 +130,11 @@ def evaluate(
     place = torch.device(device)
     built.model.to(place)
     seed_generators(recipe.seed)
-    emit("start", _describe_start(data, recipe, place, layers=[], total_steps=0, step=0))
+    emit("start", describe_start(data, recipe, place, []))
     emit("state", {"state": "running", "seq": wishes().seq})
-    judged = _evaluate_sets(built, data, recipe, place, wishes)
+    judged = judge_sets(
+        built, data, recipe, place, choose_autocast(recipe, place), _is_ending(wishes)
+    )
     if judged is None:
         return Outcome("stopped", 0)
     emit("metrics", {"step": 0, "epoch": 0.0, "values": judged, "step_ms": None})
@@ -158,7 +142,14 @@ def evaluate(
 
 
 class _Run:
-    """The state of one run between two optimizer steps."""
+    """Where one run stands between two optimizer steps, and what it owes next.
+
+    Attributes:
+        step: optimizer steps taken.
+        evaluated_at: the step of the newest evaluation, -1 before the first.
+        changed_at: likewise the step after which the frozen set changed last.
+        ever_trained: names that may differ from the base model.
+    """
 
     def __init__(
         self,
@@ -170,20 +161,17 @@ class _Run:
         checkpoints: Path,
         emit: Emit,
         wishes: Callable[[], Wish],
-        earlier: Checkpoint | None,
+        compile_backend: str,
     ) -> None:
-        self.built, self.data, self.recipe, self.device = built, data, recipe, device
-        self.checkpoints, self.emit, self.wishes = checkpoints, emit, wishes
-        self.earlier = earlier
-        self.step = 0 if earlier is None else earlier.step
-        self.skipped = 0
+        self.built, self.data, self.config, self.recipe = built, data, config, recipe
+        self.device, self.checkpoints = device, checkpoints
+        self.emit, self.wishes, self.compile_backend = emit, wishes, compile_backend
+        self.step, self.edits_seen = 0, 0
         self.best_loss, self.worse = math.inf, 0
-        self.evaluated_at = -1  # the step of the newest evaluation
-        self.saved: tuple[int, dict[str, bool]] | None = None  # step and freeze state on disk
-        self.edits_seen = 0
-        built.model.to(device)
-        if earlier is not None:
-            load_model_tensors(built.model, earlier.model)
+        self.evaluated_at, self.changed_at = -1, -1
+        self.proved: tuple[int, int, int] | None = None  # where it stood at the newest check
+        self.saved: tuple[tuple[int, int, int], bool] | None = None  # at the newest checkpoint
+        self.elapsed_s, self.proof_s, self.proofs = 0.0, 0.0, 0
         self.batches = Batches(
             data.train,
             recipe.batch_size,
@@ -194,89 +182,85 @@ class _Run:
             drop_single=_has_batch_norm(built.model),
         )
         self.steps_per_epoch = -(-self.batches.per_epoch // recipe.grad_accumulation)
-        self.total_steps = recipe.max_steps
-        if self.total_steps is None:
-            self.total_steps = recipe.epochs * self.steps_per_epoch
-        self.config = config
-        self.freeze: Freeze = apply_config(built.model, self._config_to_begin_with())
-        self.groups = self.freeze.parameter_groups(recipe.weight_decay)
-        self.optimizer = _make_optimizer(self.groups, recipe)
-        self.scaler = torch.amp.GradScaler(device.type, enabled=recipe.precision == "fp16")
-        self.autocast = _autocast(recipe, device)
-        self.forward: Callable[..., Any] = _prepare_forward(built.model, recipe)
-        self.measure = LayerMeasure(self.freeze.graph, self.freeze.parameters)
-        self.proof = Proof(self.freeze)
+        by_epochs = recipe.epochs * self.steps_per_epoch
+        self.total_steps = by_epochs if recipe.max_steps is None else recipe.max_steps
 
     # -------------------------------------------------------------------------- begin and resume
 
-    def begin(self) -> None:
-        seed_generators(self.recipe.seed)
-        if self.earlier is not None:
-            self._restore(self.earlier)
-        start = _describe_start(
-            self.data, self.recipe, self.device, self.measure.layers, self.total_steps, self.step
+    def begin(self, earlier: Checkpoint | None) -> None:
+        """Get everything ready: afresh, or as the checkpoint has it."""
+        model, recipe = self.built.model, self.recipe
+        model.to(self.device)
+        self.base = describe_base(model) if recipe.checkpoint_tensors == "trained" else None
+        if earlier is not None:
+            load_checkpoint_model(model, earlier)
+            self.step = earlier.step
+        self.phases = Phases(
+            model,
+            self.config,
+            steps_per_epoch=self.steps_per_epoch,
+            step=self.step,
+            then=None if earlier is None else earlier.state,
         )
-        for index in unmatched_rules(self.config, self.freeze.graph):
-            rule = rule_document(self.config.rules[index])
-            start["warnings"].append(
-                f"Rule {index + 1} matches no parameter of this model: {json.dumps(rule)}."
-            )
-        frozen = sum(self.freeze.frozen.values())
-        self._say(
-            f"Training on {start['device_name']} from step {self.step} to {self.total_steps}: "
-            f"{len(self.freeze.frozen) - frozen} tensors trainable, {frozen} frozen, "
-            f"{start['train_size']} examples, {self.steps_per_epoch} steps an epoch."
+        self.freeze = self.phases.freeze
+        self.ever_trained = {n for n, is_frozen in self.freeze.frozen.items() if not is_frozen}
+        self.stepper = Stepper(
+            self.built,
+            self.freeze,
+            self.phases.groups(self.step, recipe.weight_decay),
+            recipe,
+            device=self.device,
+            total_steps=self.total_steps,
+            compile_backend=self.compile_backend,
         )
+        self.proof = Proof(self.freeze)
+        seed_generators(recipe.seed)
+        resumed = None if earlier is None else self._restore(earlier)
+        self._announce(resumed)
+        self.began_at = self.last_step_at = time.perf_counter()
+
+    def _announce(self, resumed: dict[str, Any] | None) -> None:
+        freeze = self.freeze
+        start = describe_start(
+            self.data, self.recipe, self.device, self.stepper.measure.layers,
+            total_steps=self.total_steps, step=self.step, resumed=resumed,
+        )  # fmt: skip
+        start["warnings"] += unmatched_words(self.config, freeze.graph)
+        for line in begin_words(start, freeze.frozen, self.steps_per_epoch):
+            self._say(line)
         self.emit("start", start)
         self.emit("state", {"state": "running", "seq": self.wishes().seq})
         if self.batches.left_out:
             self._say("A last batch of one example is left out: BatchNorm cannot train on it.")
-        self.last_step_at = time.perf_counter()
 
-    def _config_to_begin_with(self) -> FreezeConfig:
-        """What was frozen when the checkpoint was written, so that its state fits; else the rules.
+    def _restore(self, earlier: Checkpoint) -> dict[str, Any]:
+        """Everything but parameters and persistent buffers, which are in place; all by name.
 
-        What holds by now and did not hold then comes as a change on the running model.
+        Returns:
+            What became of the optimizer's state, see `Phases.describe_resume`.
         """
-        config = self._config_at(self.step)
-        if self.earlier is None or config.mechanism != "requires_grad":
-            return config
-        then = parse_config(self.earlier.state["config"])
-        return replace(
-            config,
-            rules=shortest_rules(self.earlier.state["frozen"], read_model(self.built.model)),
-            norm_statistics=then.norm_statistics,
-            dropout=then.dropout,
-        )
-
-    def _restore(self, earlier: Checkpoint) -> None:
-        """Everything but parameters and persistent buffers, which are in place; all by name."""
         state, tensors = earlier.state, earlier.trainer
         buffers = dict(self.built.model.named_buffers())
         with torch.no_grad():
             for name, tensor in _below("buffer", tensors).items():
                 if name in buffers:  # one that a forward registers is not there yet
                     buffers[name].copy_(tensor)
-        for name, values in self._by_parameter(_below("optimizer", tensors)).items():
-            self.optimizer.state[self.freeze.parameters[name]] = values
-        self.freeze.parked.update(self._by_parameter(_below("parked", tensors)))
+        fused = self.recipe.implementation == "fused"
+        optimizer, parameters = self.stepper.optimizer, self.freeze.parameters
+        for name, values in unflatten_state("optimizer", tensors, self.device, fused).items():
+            optimizer.state[parameters[name]] = values
+        self.freeze.parked.update(unflatten_state("parked", tensors, self.device, fused))
         self.proof.resume(state["proof"])
-        self.measure.resume(state["gradients"])
+        self.stepper.measure.resume(state["gradients"])
+        self.stepper.scaler.load_state_dict(state["scaler"])
+        self.stepper.skipped = dict(state["skipped"])
         self.batches.seek(state["position"])
         self.best_loss, self.worse = state["best_loss"], state["worse"]
-        self.evaluated_at = state["evaluated_at"]
-        self.saved = (earlier.step, state["frozen"])
-        self.scaler.load_state_dict(state["scaler"])
+        self.evaluated_at, self.elapsed_s = state["evaluated_at"], state["elapsed_s"]
+        self.ever_trained |= set(state["ever_trained"])
+        self.saved = (self._standing(), earlier.base is None)
         write_generators(_below("generator", tensors), state["generators"], self.device)
-
-    def _by_parameter(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, dict[str, Any]]:
-        """``NAME/KEY`` → tensor, as name → optimizer state; step counters stay on the host."""
-        grouped: dict[str, dict[str, Any]] = {}
-        for path, tensor in tensors.items():
-            name, _, key = path.rpartition("/")
-            place = torch.device("cpu") if key == "step" else self.device
-            grouped.setdefault(name, {})[key] = tensor.to(place)
-        return grouped
+        return self.phases.describe_resume(self.step, optimizer)
 
     # ------------------------------------------------------------------------------------ wishes
 
@@ -296,181 +280,91 @@ class _Run:
         return wish.state
 
     def _take_edits(self, wish: Wish) -> None:
-        """Live edits become entries of the schedule, from the next step on."""
         for edit in wish.edits[self.edits_seen :]:
             self.edits_seen += 1
-            state = edit.get("optimizer_state", "fresh")
-            changes = tuple(Change(r, "step", self.step, state) for r in parse_rules(edit["rules"]))
-            before = self.config
-            self.config = replace(before, schedule=(*before.schedule, *changes))
-            try:
-                self.change_what_is_frozen()
-            except InvalidDocument as error:
-                self.config = before
-                self._say(f"Live edit refused: {error}")
-            document = config_document(self.config, self.freeze.graph)
-            self.emit(
-                "freeze", {"step": self.step, "seq": edit.get("seq", wish.seq), "config": document}
-            )
+            if refusal := self.phases.take_edit(edit, self.step):
+                self._say(f"Live edit refused: {refusal}")
+            told = {"step": self.step, "seq": edit.get("seq", wish.seq)}
+            self.emit("freeze", {**told, "config": self.phases.document()})
 
     def change_what_is_frozen(self) -> None:
-        """Apply the schedule's entries that hold from the next step on."""
-        config = self._config_at(self.step)
-        if config.rules == self.freeze.config.rules:
+        """Make the schedule's entries hold that are due for the next step."""
+        turn = self.phases.enter(self.step, self.stepper.optimizer, self.recipe.weight_decay)
+        self.proof.follow(turn.frozen, turn.unfrozen)
+        if not (turn.frozen or turn.unfrozen):
             return
-        frozen, unfrozen = self.freeze.change(config, self.optimizer, self._keeping_state())
-        self.proof.follow(frozen, unfrozen)
-        if self.recipe.compile:
-            torch._dynamo.reset()
+        self.changed_at = self.step
+        self.ever_trained |= set(turn.unfrozen)
+        self.stepper.expect(turn.unfrozen)
         self._say(
-            f"From step {self.step + 1}: {len(frozen)} tensors frozen, {len(unfrozen)} unfrozen."
+            f"From step {self.step + 1}: {len(turn.frozen)} tensors frozen, "
+            f"{len(turn.unfrozen)} unfrozen."
         )
-
-    def _config_at(self, step: int) -> FreezeConfig:
-        """The config with the rules of its schedule that hold after `step` steps."""
-        due = due_changes(self.config, step, self.steps_per_epoch)
-        return replace(self.config, rules=(*self.config.rules, *(c.rule for c in due)))
-
-    def _keeping_state(self) -> set[str]:
-        """Names whose newest due entry of the schedule wants their parked state back."""
-        keeping: set[str] = set()
-        for change in due_changes(self.config, self.step, self.steps_per_epoch):
-            names = match_names(change.rule, self.freeze.graph)
-            keeping = keeping | names if change.optimizer_state == "keep" else keeping - names
-        return keeping
 
     # ---------------------------------------------------------------------------------- one step
 
     def is_done(self) -> bool:
-        assert self.total_steps is not None
         patience = self.recipe.patience
         at_end = self.step >= self.total_steps
         gave_up = patience is not None and self.worse >= patience
         return (at_end or gave_up) and not self.owes_evaluation()
 
     def take_step(self) -> None:
-        """One optimizer step: accumulate, unscale, measure, clip, step, measure, report."""
+        """One optimizer step, and what it has to tell."""
         window = self.batches.next_window(self.recipe.grad_accumulation)
-        loss = self._accumulate(window)
-        if self.scaler.is_enabled():
-            self._unscale()
-        trainable = [p for p in self.freeze.trainable() if p.grad is not None]
-        total_norm = self.measure.read_gradients(self.freeze.frozen)
-        loss_value, norm_value = torch.stack([loss.double(), total_norm]).tolist()
-        self._refuse_non_finite(loss_value, norm_value)
-        values = {"loss": loss_value, "lr": self._set_rates(), "grad_norm_total": norm_value}
-        if self.recipe.max_grad_norm is not None:
-            limit = self.recipe.max_grad_norm
-            torch.nn.utils.clip_grads_with_norm_(trainable, limit, total_norm.float())
-            values["clip_factor"] = min(1.0, limit / (norm_value + 1e-6))
-        self.freeze.hold_gradients()
-        measured = (self.step + 1) % self.recipe.stats_every == 0
-        if measured:
-            self.measure.copy_weights()
-        if not self._step_optimizer():
+        try:
+            record = self.stepper.take(window, self.step + 1)
+        except NonFinite as error:
+            if error.values:
+                self._report(error.values, None, step=self.step + 1)
+            raise
+        if record is None:
             return
         self.step += 1
-        if self.skipped:
-            values["amp_skipped"] = self.skipped
-            self.skipped = 0
-        stats = self.measure.read_updates(self.step) if measured else None
-        self._zero_gradients()
         now = time.perf_counter()
         step_ms, self.last_step_at = (now - self.last_step_at) * 1e3, now
-        self._report(values, step_ms)
-        if stats is not None:
-            self.emit("layers", asdict(stats))
+        self.elapsed_s += step_ms / 1e3
+        self._report(record.values, step_ms)
+        if record.stats is not None:
+            self.emit("layers", asdict(record.stats))
+        if record.unreached:
+            names = ", ".join(record.unreached)
+            self._say(f"Step {self.step}: unfrozen, but no gradient comes to {names}.")
 
-    def _accumulate(self, window: list[Any]) -> torch.Tensor:
-        """Backward over the batches of one step, each weighted by its examples; the mean loss."""
-        sizes = [count_examples(batch) for batch in window]
-        total = torch.zeros((), device=self.device)
-        for loaded, size in zip(window, sizes, strict=True):
-            batch = move_batch(loaded, self.device)
-            with self.autocast():
-                output = call_on_batch(self.forward, batch)
-                loss = compute_loss(self.built, output, batch) * (size / sum(sizes))
-            if not loss.requires_grad:
-                raise InvalidDocument(
-                    [
-                        (
-                            "config",
-                            "The loss does not depend on anything trainable under this config.",
-                        )
-                    ]
-                )
-            self.scaler.scale(loss).backward()
-            total += loss.detach()
-        return total
-
-    def _unscale(self) -> None:
-        self.scaler.unscale_(self.optimizer)
-        stepped = {id(p) for group in self.groups for p in group["params"]}
-        for parameter in self.freeze.parameters.values():  # left out of the optimizer, still scaled
-            if parameter.grad is not None and id(parameter) not in stepped:
-                parameter.grad.div_(self.scaler.get_scale())
-
-    def _refuse_non_finite(self, loss: float, norm: float) -> None:
-        if math.isfinite(loss) and (math.isfinite(norm) or self.scaler.is_enabled()):
-            return
-        self._report({"loss": loss, "grad_norm_total": norm}, None, step=self.step + 1)
-        what = f"The loss is {loss}" if not math.isfinite(loss) else f"The gradient norm is {norm}"
-        raise NonFinite(
-            f"{what} in step {self.step + 1}; the optimizer did not take it. "
-            "Lower the learning rate, clip the gradient, or look at the data of this step."
-        )
-
-    def _set_rates(self) -> float:
-        factor = learning_rate_factor(self.recipe, self.step + 1, self.total_steps)
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.recipe.rate * group["lr_scale"] * factor
-        return self.recipe.rate * factor
-
-    def _step_optimizer(self) -> bool:
-        """Whether the optimizer stepped: a scaler leaves out steps with infinite gradients."""
-        scale = self.scaler.get_scale()
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        if self.scaler.get_scale() >= scale:
-            return True
-        self._zero_gradients()
-        self.skipped += 1
-        if self.skipped >= MAX_SKIPPED_IN_A_ROW:
-            raise NonFinite(
-                f"{self.skipped} steps in a row had infinite fp16 gradients. Use bf16 or fp32."
-            )
-        return False
-
-    def _zero_gradients(self) -> None:
-        """Of every parameter: one left out of the optimizer would gather its gradients for ever."""
-        for parameter in self.freeze.parameters.values():
-            parameter.grad = None
+    def _report(
+        self, values: Mapping[str, float], step_ms: float | None, step: int | None = None
+    ) -> None:
+        epoch, batch = divmod(self.batches.position, self.batches.per_epoch)
+        seen = min(batch * self.recipe.batch_size, self.batches.size) / self.batches.size
+        payload = {
+            "step": self.step if step is None else step,
+            "epoch": epoch + seen,
+            "values": dict(values),
+            "step_ms": step_ms,
+            "elapsed_s": self.elapsed_s,
+        }
+        self.emit("metrics", payload)
 
     def _say(self, line: str) -> None:
         self.emit("log", {"text": line})
 
-    def _report(
-        self, values: dict[str, float], step_ms: float | None, step: int | None = None
-    ) -> None:
-        epoch, batch = divmod(self.batches.position, self.batches.per_epoch)
-        seen = min(batch * self.recipe.batch_size, self.batches.size) / self.batches.size
-        payload = {"step": self.step if step is None else step, "epoch": epoch + seen}
-        self.emit("metrics", {**payload, "values": values, "step_ms": step_ms})
-
-    # ------------------------------------------------------------------------ evaluate and save
+    # --------------------------------------------------------------- evaluate, prove and save
 
     def owes_evaluation(self) -> bool:
         """Before the first step, at every interval, and at the end; each only once."""
         if not self.data.evals or self.evaluated_at == self.step:
             return False
-        every = self.recipe.eval_every or self.steps_per_epoch
-        return self.step % every == 0 or self.step == self.total_steps
+        return self.step % self._eval_interval() == 0 or self.step == self.total_steps
+
+    def _eval_interval(self) -> int:
+        return self.recipe.eval_every or self.steps_per_epoch
 
     def evaluate(self) -> None:
         """Judge every evaluation set, unless a stop comes in between; then it stays owed."""
-        judged = _evaluate_sets(
-            self.built, self.data, self.recipe, self.device, self.wishes, self.autocast
-        )
+        judged = judge_sets(
+            self.built, self.data, self.recipe, self.device, self.stepper.autocast,
+            _is_ending(self.wishes),
+        )  # fmt: skip
         self.freeze.train()
         self.last_step_at = time.perf_counter()
         if judged is None:
@@ -480,157 +374,103 @@ class _Run:
         shown = ", ".join(f"{name.removeprefix('eval/')} {v:.4g}" for name, v in judged.items())
         self._say(f"Step {self.step}: {shown}")
         loss = judged[f"eval/{next(iter(self.data.evals))}/loss"]
-        self.best_loss, self.worse = (
-            (loss, 0) if loss < self.best_loss else (self.best_loss, self.worse + 1)
-        )
+        is_better = loss < self.best_loss
+        self.best_loss, self.worse = (loss, 0) if is_better else (self.best_loss, self.worse + 1)
+
+    def owes_proof(self) -> bool:
+        """At every interval, and after the first step under a changed frozen set."""
+        if self.step == 0 or self.proved == self._standing():
+            return False
+        every = self.recipe.proof_every or self._eval_interval()
+        return self.step % every == 0 or self.step == self.changed_at + 1
+
+    def prove(self) -> None:
+        """Check the proof, and say what all checks of this attempt have cost."""
+        began = time.perf_counter()
+        document = self.proof.check(self.stepper.measure.gradient_history())
+        self.last_step_at = time.perf_counter()
+        check_s = self.last_step_at - began
+        self.proofs, self.proof_s = self.proofs + 1, self.proof_s + check_s
+        share = self.proof_s / (self.last_step_at - self.began_at)
+        cost = {"check_ms": check_s * 1e3, "checks": self.proofs, "share": share}
+        clocked = {"cost": cost, "peak_bytes": peak_bytes(self.device)}
+        self.emit("proof", {**document, "step": self.step, **clocked})
+        self._say(f"Step {self.step}: the verdict of the proof is {document['verdict']!r}.")
+        self.proved = self._standing()
+        self.ever_trained |= {item["name"] for item in document["frozen"]["changed"]}
 
     def owes_checkpoint(self) -> bool:
         every = self.recipe.checkpoint_every
         return bool(every and self.step and self.step % every == 0) and not self._is_saved()
 
-    def _is_saved(self) -> bool:
-        return self.saved == (self.step, self.freeze.frozen)
+    def _standing(self) -> tuple[int, int, int]:
+        """Where the run stands: under one config, whatever there is to keep follows from it."""
+        return self.step, self.batches.position, self.evaluated_at
 
-    def save(self, final: bool = False) -> None:
+    def _is_saved(self, whole: bool = False) -> bool:
+        """Whether the newest checkpoint on disk has this state, and whole where that is asked."""
+        return (
+            self.saved is not None
+            and self.saved[0] == self._standing()
+            and (self.saved[1] or not (whole or self.base is None))
+        )
+
+    def save(self, *, final: bool = False, whole: bool = False) -> None:
         """Prove, then write a checkpoint where this state has none, then let the oldest go."""
-        document = self.proof.check(self.measure.gradient_history())
-        self.emit("proof", {**document, "step": self.step})
-        self._say(f"Step {self.step}: the verdict of the proof is {document['verdict']!r}.")
-        if not self._is_saved():
-            self.emit("checkpoint", write_checkpoint(self.checkpoints, self._checkpoint()))
-            self.saved = (self.step, dict(self.freeze.frozen))
+        if self.proved != self._standing():
+            self.prove()
+        if not self._is_saved(whole):
+            is_whole = whole or self.base is None
+            checkpoint = self._checkpoint(is_whole)
+            self.emit("checkpoint", write_checkpoint(self.checkpoints, checkpoint))
+            self.saved = (self._standing(), is_whole)
         kept = self.recipe.keep_last + (1 if final else 0)
         for step in checkpoint_steps(self.checkpoints)[:-kept]:
             delete_checkpoint(self.checkpoints, step)
             self.emit("checkpoint_deleted", {"step": step})
         self.last_step_at = time.perf_counter()
 
-    def _checkpoint(self) -> Checkpoint:
-        model = model_tensors(self.built.model)
-        trainer = {f"buffer/{n}": b for n, b in self.built.model.named_buffers() if n not in model}
+    def _checkpoint(self, is_whole: bool) -> Checkpoint:
+        model, freeze, stepper = self.built.model, self.freeze, self.stepper
+        tensors = model_tensors(model)
+        trainer = {f"buffer/{n}": b for n, b in model.named_buffers() if n not in tensors}
         generators, generator_values = read_generators(self.device)
         trainer |= {f"generator/{name}": tensor for name, tensor in generators.items()}
-        names = {id(parameter): name for name, parameter in self.freeze.parameters.items()}
-        states = {names[id(parameter)]: state for parameter, state in self.optimizer.state.items()}
-        for kind, by_name in (("optimizer", states), ("parked", self.freeze.parked)):
-            for name, state in by_name.items():
-                trainer |= {
-                    f"{kind}/{name}/{key}": torch.as_tensor(value)
-                    for key, value in state.items()
-                    if value is not None
-                }
+        trainer |= flatten_state("optimizer", read_state(stepper.optimizer, freeze.parameters))
+        trainer |= flatten_state("parked", freeze.parked)
+        if not is_whole:  # buffers are small, and some move whatever is frozen
+            base = set(freeze.parameters) - self.ever_trained
+            tensors = {name: t for name, t in tensors.items() if name not in base}
         return Checkpoint(
             step=self.step,
-            model=model,
+            model=tensors,
             trainer=trainer,
             state={
                 "position": self.batches.position,
+                "evaluated_at": self.evaluated_at,
                 "best_loss": self.best_loss,
                 "worse": self.worse,
-                "scaler": self.scaler.state_dict(),
+                "skipped": stepper.skipped,
+                "scaler": stepper.scaler.state_dict(),
                 "generators": generator_values,
-                "evaluated_at": self.evaluated_at,
+                "gradients": stepper.measure.gradient_history(),
                 "proof": self.proof.state(),
-                "gradients": self.measure.gradient_history(),
-                "frozen": self.freeze.frozen,
-                "config": config_document(self.config, self.freeze.graph),
+                "frozen": freeze.frozen,
+                "ever_trained": sorted(self.ever_trained),
+                "config": self.phases.document(),
+                "elapsed_s": self.elapsed_s,
             },
+            base=None if is_whole else self.base,
+            beside=describe_for_transformers(model) if is_whole else {},
         )
-
-
-# ------------------------------------------------------------------------------------------- parts
-
-
-def _make_optimizer(groups: list[dict[str, Any]], recipe: Recipe) -> torch.optim.Optimizer:
-    if recipe.optimizer == "sgd":
-        return torch.optim.SGD(groups, lr=recipe.rate, momentum=recipe.momentum)
-    if recipe.optimizer == "adam":
-        return torch.optim.Adam(groups, lr=recipe.rate)
-    return torch.optim.AdamW(groups, lr=recipe.rate)
-
-
-def _autocast(
-    recipe: Recipe, device: torch.device
-) -> Callable[[], contextlib.AbstractContextManager[Any]]:
-    if recipe.precision == "fp32":
-        return contextlib.nullcontext
-    dtype = torch.bfloat16 if recipe.precision == "bf16" else torch.float16
-    return lambda: torch.autocast(device.type, dtype=dtype)
-
-
-def _prepare_forward(model: nn.Module, recipe: Recipe) -> Callable[..., Any]:
-    if recipe.gradient_checkpointing:
-        enable = getattr(model, "gradient_checkpointing_enable", None)
-        if enable is None:
-            raise InvalidDocument(
-                [(
-                    "training.gradient_checkpointing",
-                    f"{type(model).__name__} has no gradient_checkpointing_enable(); turn this "
-                    "off, or call torch.utils.checkpoint in the model's own forward.",
-                )]
-            )  # fmt: skip
-        # Reentrant checkpointing drops gradients over a frozen input.
-        enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    return torch.compile(model) if recipe.compile else model
 
 
 def _has_batch_norm(model: nn.Module) -> bool:
     return any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules())
 
 
-def _evaluate_sets(
-    built: BuiltModel,
-    data: Data,
-    recipe: Recipe,
-    device: torch.device,
-    wishes: Callable[[], Wish],
-    autocast: Callable[[], contextlib.AbstractContextManager[Any]] | None = None,
-) -> dict[str, float] | None:
-    """``eval/NAME/METRIC`` → value for every evaluation set; None when a stop came in between."""
-    values: dict[str, float] = {}
-    for name, dataset in (data.evals or {"train": data.train}).items():
-        judged = evaluate_set(
-            built,
-            dataset,
-            batch_size=recipe.eval_batch_size,
-            collate=data.collate,
-            seed_items=data.seed_items,
-            seed=recipe.seed,
-            device=device,
-            autocast=autocast or _autocast(recipe, device),
-            interrupted=lambda: wishes().state in ("stop", "release"),
-        )
-        if judged is None:
-            return None
-        values |= {f"eval/{name}/{metric}": value for metric, value in judged.items()}
-    return values
-
-
-def _describe_start(
-    data: Data,
-    recipe: Recipe,
-    device: torch.device,
-    layers: list[str],
-    total_steps: int | None,
-    step: int,
-) -> dict[str, Any]:
-    warnings = []
-    name, size = "CPU", None
-    if device.type == "cuda":
-        name = torch.cuda.get_device_name(device)
-        size = torch.cuda.get_device_properties(device).total_memory
-    elif recipe.device == "auto":
-        warnings.append("No CUDA device was found: device 'auto' fell back to the CPU.")
-    return {
-        "layers": layers,
-        "total_steps": total_steps,
-        "step": step,
-        "device": str(device),
-        "device_name": name,
-        "device_bytes": size,
-        "train_size": len(data.train),
-        "warnings": warnings,
-    }
+def _is_ending(wishes: Callable[[], Wish]) -> Callable[[], bool]:
+    return lambda: wishes().state in _ENDINGS
 
 
 def _below(kind: str, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -26,6 +26,13 @@ class Recipe:
         checkpoint_every: likewise; None: only at the end.
         patience: stop after so many evaluations without a lower loss; None never does.
         stats_every: record layer statistics each so many steps.
+        proof_every: check the proof each so many steps; None: with each evaluation. At every
+            checkpoint, after every change of what is frozen, and at the end in any case.
+        implementation: of the optimizer: torch's own choice, or one of those it has.
+        checkpoint_tensors: ``trained`` leaves out of checkpoints what is as the base model has it;
+            that of a run that succeeded is whole.
+        on_nonfinite: what a NaN or infinite loss or gradient does: ``stop`` the run, or ``skip``
+            the optimizer's step.
     """
 
     epochs: int = 3
@@ -50,6 +57,10 @@ class Recipe:
     patience: int | None = None
     stats_every: int = 1
     device: str = "auto"
+    proof_every: int | None = None
+    implementation: str = "auto"
+    checkpoint_tensors: str = "all"
+    on_nonfinite: str = "stop"
 
     @property
     def rate(self) -> float:
@@ -121,6 +132,14 @@ OPTIONS: tuple[Option, ...] = (
     Option("stats_every", "int", "Record layer statistics each so many steps.",
            minimum=1, maximum=10**9),
     Option("device", "device", "auto takes a GPU where there is one; else cpu, cuda or cuda:N."),
+    Option("proof_every", "int", "Check the proof each so many steps; empty: with each evaluation.",
+           minimum=1, maximum=10**9, optional=True),
+    Option("implementation", "choice", "Of the optimizer: torch's choice, or this one.",
+           choices=("auto", "for-loop", "foreach", "fused")),
+    Option("checkpoint_tensors", "choice", "Checkpoints hold all tensors, or only the trained ones "
+           "over the base model; the final one holds all.", choices=("all", "trained")),
+    Option("on_nonfinite", "choice", "What a NaN or infinite loss or gradient does to the run: "
+           "stop it, or skip the step.", choices=("stop", "skip")),
 )  # fmt: skip
 
 # What other trainers call some of them.
@@ -209,9 +228,14 @@ def learning_rate_factor(recipe: Recipe, step: int, total_steps: int | None) -> 
     to zero in proportion (linear) or along half a cosine, over the steps that are left.
     """
     if step <= recipe.warmup_steps:
-        return step / (recipe.warmup_steps + 1)
+        return warmup_factor(step, recipe.warmup_steps)
     if recipe.lr_schedule == "constant" or total_steps is None:
         return 1.0
     left = max(1, total_steps - recipe.warmup_steps)
     done = min(1.0, (step - 1 - recipe.warmup_steps) / left)
     return 1.0 - done if recipe.lr_schedule == "linear" else (1 + math.cos(math.pi * done)) / 2
+
+
+def warmup_factor(step: int, warmup_steps: int) -> float:
+    """The factor on a rate in the `step`-th step (from 1) of a warm-up: linear up to 1."""
+    return step / (warmup_steps + 1) if step <= warmup_steps else 1.0

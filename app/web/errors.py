@@ -15,6 +15,7 @@ from starlette.responses import Response
 from app.freezing.errors import InvalidDocument
 from app.numbers import name_non_finite
 from app.service.documents import Conflict, NotFound
+from app.store.db import DatabaseDamaged, DatabaseFull
 from app.web import render, views
 
 Fault = tuple[str, str]
@@ -34,6 +35,14 @@ def install(app: FastAPI) -> None:
     @app.exception_handler(Conflict)
     def impossible(request: Request, error: Conflict) -> Response:
         return answer(request, 409, str(error), **error.extra)
+
+    @app.exception_handler(DatabaseFull)
+    def full(request: Request, error: DatabaseFull) -> Response:
+        return answer(request, 507, f"{error.strerror}. Free some space, then repeat this.")
+
+    @app.exception_handler(DatabaseDamaged)
+    def damaged(request: Request, error: DatabaseDamaged) -> Response:
+        return answer(request, 500, str(error))
 
     @app.exception_handler(RequestValidationError)
     def misshapen(request: Request, error: RequestValidationError) -> Response:

@@ -20,7 +20,7 @@ Document = dict[str, Any]
 
 
 def build_view(
-    service: Service, sweep: Document, page: Shell, root: str, message: str
+    service: Service, sweep: Document, page: Shell, root: str, message: str = ""
 ) -> SweepView:
     """The table of a sweep, its best values marked, and what its curves are told."""
     table: Sequence[Document] = sweep["table"]

@@ -34,6 +34,11 @@ class Told:
     def of(self, kind: str) -> list[dict[str, Any]]:
         return [payload for k, payload in self.events if k == kind]
 
+    def last_proof(self) -> dict[str, Any]:
+        """The newest check, without time and memory, which no two runs have alike."""
+        proof = self.of("proof")[-1]
+        return {key: value for key, value in proof.items() if key not in ("cost", "peak_bytes")}
+
     def metrics(self) -> dict[tuple[int, str], float]:
         return {
             (payload["step"], name): value

@@ -73,8 +73,7 @@ def stopped(tmp_path_factory: pytest.TempPathFactory) -> tuple[Checkpoint, Told,
 
 def told_after(told: Told, step: int) -> tuple[Any, ...]:
     metrics = {key: value for key, value in told.metrics().items() if key[0] > step}
-    proof = told.of("proof")[-1]
-    return metrics, proof
+    return metrics, told.last_proof()
 
 
 def without_tensors(prefix: str) -> Callable[[Checkpoint], Checkpoint]:
@@ -179,7 +178,7 @@ def test_a_run_with_phases_may_be_cut_anywhere(cut: int, tmp_path: Path) -> None
     _, rest = run(make_restless(), data, tmp_path / "parts", resume_from=newest, **options)
     assert {**first.metrics(), **rest.metrics()} == whole.metrics()
     assert digest(tmp_path / "parts", 9) == digest(tmp_path / "whole", 9)
-    assert rest.of("proof")[-1] == whole.of("proof")[-1]
+    assert rest.last_proof() == whole.last_proof()
 
 
 def test_a_later_entry_that_keeps_state_changes_nothing_before_it(tmp_path: Path) -> None:

@@ -46,7 +46,16 @@ class Quiet:
         return {kind: {"total": kind != "cuda", "busy": 0} for kind in ("cpu", "cuda", "tasks")}
 
     def keeper(self) -> dict[str, Any]:
-        return {"ready": True, "error": None}
+        return {"ready": True, "error": None, "pid": 7}
+
+    def measure_devices(self) -> dict[str, dict[str, Any]]:
+        return {"cpu": {"bytes_used": 2**20, "utilization": 3.0}}
+
+    def usage(self) -> dict[int, dict[str, int | None]]:
+        return {}
+
+    def troubles(self) -> dict[str, str]:
+        return {}
 
     def wake(self) -> None:
         self.wakes.append(None)

@@ -14,8 +14,10 @@ from sqlmodel import Session
 
 from app.freezing.graph import ModelGraph, Module, Parameter
 from app.jobs import folder as job_folder
+from app.jobs.attendance import CHECKPOINT_SECONDS, STOP_SECONDS
 from app.jobs.devices import Device
-from app.jobs.runner import CHECKPOINT_SECONDS, START_SECONDS, STOP_SECONDS, Runner
+from app.jobs.processes import START_SECONDS
+from app.jobs.runner import Runner
 from app.jobs.spool import SpoolWriter
 from app.service import Service
 from app.settings import Settings
@@ -39,6 +41,7 @@ class SillyKeeper:
         self.started: list[tuple[Path, int, dict[str, str]]] = []
         self.signals: list[int] = []
         self.is_broken = False
+        self.is_late = False  # it starts a worker, and says so to nobody
         self.trouble: str | None = None
 
     def ready(self) -> bool:
@@ -50,6 +53,8 @@ class SillyKeeper:
         if self.is_broken:
             raise RuntimeError("no more processes")
         self.started.append((folder, attempt, environment))
+        if self.is_late:
+            raise RuntimeError("no answer within 120 s")
         return 2**22 + len(self.started)
 
     def kill(self, pid: int, number: int) -> None:
@@ -442,13 +447,36 @@ def test_a_folder_without_a_process_goes_back_to_the_queue(house: House) -> None
     assert house.job()["state"] == "starting"
 
 
-def test_a_keeper_that_cannot_start_fails_the_job_in_words(house: House) -> None:
+def test_a_worker_that_cannot_be_started_is_told_and_tried_again(house: House) -> None:
     house.tick()
     house.keeper.is_broken = True
     house.launch()
     house.tick()
-    assert house.job()["state"] == "failed"
+    assert (house.job()["state"], house.job()["is_restarting"]) == ("interrupted", True)
+    assert house.job()["error"]["reason"] == "lost"
     assert "no more processes" in house.job()["error"]["message"]
+    with pytest.raises(job_folder.AttemptTaken):  # a start that was only late comes too late
+        job_folder.hold_lock(house.directory())
+    house.keeper.is_broken = False
+    house.tick(house.settings.restart_seconds)
+    house.tick(house.settings.restart_seconds)
+    assert (house.job()["state"], house.job()["attempt"]) == ("starting", 2)
+
+
+def test_a_worker_that_started_although_its_keeper_did_not_say_so_is_adopted(house: House) -> None:
+    house.tick()
+    house.keeper.is_late = True
+    start = house.keeper.start
+
+    def start_and_run(folder: Path, attempt: int, *more: Any) -> int:
+        house.play_start().close()
+        return start(folder, attempt, *more)
+
+    house.keeper.start = start_and_run  # type: ignore[method-assign]
+    house.launch()
+    house.tick()
+    house.tick()
+    assert (house.job()["state"], house.job()["attempt"]) == ("running", 1)
 
 
 def test_an_attempt_goes_on_from_the_newest_checkpoint(house: House) -> None:

@@ -58,10 +58,16 @@ def get_job(service: Verbs, job_id: Id) -> Answer:
     return Answer(service.get_job(job_id))
 
 
-@router.patch("/{job_id}", openapi_extra=takes(name="baseline", notes=""))
+@router.patch("/{job_id}", openapi_extra=takes(name="baseline", notes="", priority=0))
 def edit_job(service: Verbs, job_id: Id, body: Body) -> Answer:
-    """Change a job's name or notes."""
+    """Change a job's name, notes, priority, or how often it restarts by itself."""
     return Answer(service.edit_job(job_id, body))
+
+
+@router.get("/{job_id}/attempts")
+def list_attempts(service: Verbs, job_id: Id) -> Answer:
+    """Every start of the job: when, where, from which step, how it ended."""
+    return Answer(service.list_attempts(job_id))
 
 
 @router.delete("/{job_id}", status_code=204)

@@ -3,7 +3,7 @@
 from alembic import op
 
 revision = "v0004_sweeps"
-down_revision = "v0002_queue"
+down_revision = "v0003_rollups"
 
 STATEMENTS = """
 CREATE TABLE sweep (

@@ -1,0 +1,142 @@
+"""Attends the tasks: what a worker finds out beside the jobs, in a slot of its own; one attempt."""
+
+import signal
+from pathlib import Path
+from typing import Any
+
+from sqlmodel import Session
+
+from app.freezing.graph import ModelGraph
+from app.jobs import folder as job_folder
+from app.jobs.devices import Device
+from app.jobs.endings import Ending, explain_start, judge, read_end
+from app.jobs.processes import Processes, Watch, environment_of, is_held_still, written_files
+from app.settings import Settings
+from app.store import catalog, files
+from app.store.db import Database
+from app.store.tables import Model, Task, utc_now
+
+
+class Tasks:
+    """One task from its start to its end; one thread calls it, tick by tick."""
+
+    def __init__(self, settings: Settings, db: Database, processes: Processes) -> None:
+        self._settings = settings
+        self._db = db
+        self._processes = processes
+        self.watches: dict[Path, Watch] = {}
+
+    def start(self, task: Task, device: Device, now: float) -> None:
+        """Start the worker of a queued task; it sees no GPU."""
+        folder = self._folder(task)
+        files.remove_folder(folder)  # of a start that a crash cut short
+
+        def change(session: Session, **changes: Any) -> None:
+            row = session.get_one(Task, task.id)
+            for name, value in changes.items():
+                setattr(row, name, value)
+            session.add(row)
+
+        self._db.write(lambda s: change(s, state="running", started_at=utc_now()))
+        directory = folder / "attempts" / "1"
+        self.watches[directory] = Watch(now)
+        try:
+            job_folder.write_spec(folder, task.spec)
+            job_folder.prepare_attempt(
+                folder, 1, resume_step=None, device="cpu", environment=environment_of(device)
+            )
+            pid = self._processes.start(folder, 1, device)
+        except (RuntimeError, OSError) as error:
+            ending = explain_start(error)
+            self._db.write(lambda s: _end(s, task, "failed", ending))
+            return
+        self._db.write(lambda s: change(s, pid=pid))
+
+    def attend(self, task: Task, now: float) -> None:
+        """Do what can be done now for a task that has not ended, as far as its row knows."""
+        folder = self._folder(task)
+        directory = folder / "attempts" / "1"
+        watch = self.watches.setdefault(directory, Watch(now))
+        if directory.is_dir() and not self._processes.has_ended(directory, task.pid, watch, now):
+            self._watch(task, directory, watch, now)
+            return
+        result, ended = read_end(directory)
+        if ended is None:
+            self._processes.clear(directory, task.pid)
+        is_open = directory.is_dir() and not job_folder.is_started(directory)
+        if is_open and not job_folder.bar_attempt(directory):
+            return  # it has started after all, in this very moment
+        self.watches.pop(directory, None)
+        if task.state == "stopping":
+            self._db.write(lambda s: _end(s, task, "stopped", Ending("stopped")))
+            files.remove_folder(folder)
+        elif result is not None and result["outcome"] == "succeeded":
+            self._keep(task, directory)
+        elif result is None and ended is None and (is_open or not directory.is_dir()):
+            self._db.write(lambda s: _queue_again(s, task))  # a crash before the start
+        else:
+            ending = judge(result, ended, has_stalled=watch.has_stalled)
+            self._db.write(lambda s: _end(s, task, "failed", ending))
+
+    def _watch(self, task: Task, directory: Path, watch: Watch, now: float) -> None:
+        if watch.is_due(now):
+            watch.note_written(written_files(directory), now)
+            if is_held_still(task.pid):
+                watch.progress_at = now
+        watch.has_stalled |= now - watch.progress_at >= self._settings.stall_seconds
+        if task.state == "stopping" or watch.has_stalled:
+            self._processes.signal(directory, task.pid, signal.SIGKILL)
+
+    def _keep(self, task: Task, directory: Path) -> None:
+        """Keep what a task found: an inspection's graph; others leave it in their folder."""
+        if task.kind != "inspect":
+            self._db.write(lambda s: _end(s, task, "succeeded", Ending("succeeded")))
+            return
+        try:
+            self._keep_graph(task, directory)
+        except (ValueError, KeyError, TypeError) as error:
+            unread = Ending("failed", "lost", f"What the inspection found cannot be read: {error}")
+            self._db.write(lambda s: _end(s, task, "failed", unread))
+            return
+        files.remove_folder(self._folder(task))
+
+    def _keep_graph(self, task: Task, directory: Path) -> None:
+        """Keep what an inspection found, and say so in the model's row."""
+        found = directory / "graph.json"
+        document = job_folder.read_document(found)
+        if document is None:
+            raise ValueError(f"{found} is missing although its inspection succeeded.")
+        graph = ModelGraph.from_document(document)
+        assert task.model_id is not None
+        path = files.graph_path(self._settings.data_dir, task.model_id)
+        path.parent.mkdir(exist_ok=True)
+
+        def keep(session: Session) -> None:
+            row = session.get_one(Task, task.id)
+            model = session.get(Model, task.model_id)
+            if row.state == "running" and model is not None:
+                found.replace(path)
+                model.state, model.fingerprint = "ready", graph.fingerprint
+                model.weights_digest = document.get("weights_digest")
+                model.parameter_count = graph.parameter_count
+                model.tensor_count = graph.tensor_count
+                model.module_count = graph.module_count
+                session.add(model)
+            catalog.end_task(session, row, "succeeded")
+
+        self._db.write(keep)
+
+    def _folder(self, task: Task) -> Path:
+        assert task.id is not None
+        return files.task_folder(self._settings.data_dir, task.id)
+
+
+def _end(session: Session, task: Task, state: str, ending: Ending) -> None:
+    row = session.get_one(Task, task.id)
+    catalog.end_task(session, row, state, ending.reason, ending.message)
+
+
+def _queue_again(session: Session, task: Task) -> None:
+    row = session.get_one(Task, task.id)
+    row.state, row.started_at = "queued", None
+    session.add(row)
