@@ -49,8 +49,8 @@ export class Chart {
     [this.caption, this.lost, this.logButton, this.wholeButton] = this.element.firstChild.children;
     this.caption.textContent = title;
     this.logButton.hidden = !log;
-    this.logButton.setAttribute("aria-label", `${title} on a logarithmic axis`);
-    this.wholeButton.setAttribute("aria-label", `All steps of ${title}`);
+    this.logButton.setAttribute("aria-label", `log: ${title} on a logarithmic axis`);
+    this.wholeButton.setAttribute("aria-label", `whole: all steps of ${title}`);
     this.box = this.element.lastChild;
     parent.append(this.element);
     this.logButton.addEventListener("click", () => this.setLog(!this.isLog));
