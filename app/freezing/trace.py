@@ -282,14 +282,15 @@ def _trace_nodes(
         packs = torch.autograd.graph.saved_tensors_hooks(recorder.note_saved, lambda tensor: tensor)
         with spans, packs, recorder:
             output = call_model(model, example)
-            value = _scalar_loss(output, example, loss)
+            value = scalar_loss(output, example, loss)
         if value.grad_fn is None:
             raise ValueError("the loss does not depend on any parameter")
         nodes = _read_nodes(model, value, spans, recorder, {_storage_key(t) for t in resting})
         return nodes, recorder.forward_flops
 
 
-def _scalar_loss(output: Any, example: Any, loss: Loss | None) -> torch.Tensor:
+def scalar_loss(output: Any, example: Any, loss: Loss | None) -> torch.Tensor:
+    """The loss that a plan is made for, where no targets are known."""
     if loss is not None:
         return loss(output, example)
     if isinstance(getattr(output, "loss", None), torch.Tensor):

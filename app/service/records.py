@@ -7,8 +7,8 @@ from pathlib import Path
 
 from sqlmodel import Session
 
-from app.freezing.config import parse_config
-from app.freezing.errors import InvalidDocument
+from app.freezing.config import config_document, parse_config
+from app.freezing.errors import InvalidDocument, show_value
 from app.freezing.globs import compile_match
 from app.jobs import folder as job_folder
 from app.service.documents import (
@@ -55,9 +55,13 @@ class Records(Jobs):
     ) -> Document:
         if stat not in charts.STATS:
             choices = ", ".join(charts.STATS)
-            raise InvalidDocument([("stat", f"{stat!r} is not a measure; {choices} are.")])
+            raise InvalidDocument(
+                [("stat", f"{show_value(stat)} is not a measure; {choices} are.")]
+            )
         if reduce not in charts.REDUCTIONS:
-            raise InvalidDocument([("reduce", f"{reduce!r} may be 'max', 'min' or 'last'.")])
+            raise InvalidDocument(
+                [("reduce", f"{show_value(reduce)} may be 'max', 'min' or 'last'.")]
+            )
         try:
             is_wanted = compile_match(match) if match else lambda _: True
         except ValueError as error:
@@ -94,14 +98,13 @@ class Records(Jobs):
         """The plan of a job's config as it began, or with what changed since; None without one."""
         with self._db.read() as session:
             job = find_row(session, Job, job_id)
-        config = parse_config(job.config)
-        try:
-            graph = self.read_graph(job.model_id)
-        except Conflict:
-            return None
-        training = job.spec["training"]
+        training, config = job.spec["training"], parse_config(job.config)
+        asked = config_document(rules_now(job, config) if now else config)
         assume = {key: training[key] for key in ("batch_size", "optimizer", "precision")}
-        return self.plan_graph(graph, rules_now(job, config) if now else config, assume)
+        try:
+            return self.make_plan(job.model_id, {**asked, "assume": assume})
+        except Conflict:
+            return None  # the model's inspection is gone; what the job recorded is not
 
     def count_layers(self, job_id: int) -> int:
         with self._db.read() as session:
@@ -158,7 +161,12 @@ class Records(Jobs):
             pieces = export_json(self._db, job_id, document)
             return f"job-{job_id}.json", "application/json", pieces
         raise InvalidDocument(
-            [("format", f"{format!r} is not a format of this version; 'csv' and 'json' are.")]
+            [
+                (
+                    "format",
+                    f"{show_value(format)} is not a format of this version; 'csv' and 'json' are.",
+                )
+            ]
         )
 
     @property

@@ -15,8 +15,8 @@ from app.service import Service
 from app.web.drawing import Line, draw_curves, draw_heatmap
 from app.web.job_views import JobView, ReportJob, ReportView, Shell
 from app.web.pages.compare import metric_words
+from app.web.pages.entries import text_of_rule
 from app.web.pages.job import figures_of
-from app.web.pages.workbench import text_of_rule
 from app.web.render import environment, format_percent, format_si
 from app.web.sweep_table import build_view
 

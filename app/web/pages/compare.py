@@ -12,9 +12,9 @@ from fastapi import APIRouter, Depends, Request, Response
 from app.freezing.config import parse_rules
 from app.web.guard import signed_in
 from app.web.job_views import CompareRow, CompareView, JobView
+from app.web.pages.entries import text_of_rule
 from app.web.pages.job import figures_of
 from app.web.pages.jobs import service_of, view_job, view_jobs
-from app.web.pages.workbench import text_of_rule
 from app.web.render import format_bytes, format_duration, render_page, root_path, shell
 
 router = APIRouter(dependencies=[Depends(signed_in)], include_in_schema=False)

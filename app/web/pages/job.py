@@ -9,14 +9,15 @@ from urllib.parse import urlencode
 
 from fastapi import APIRouter, Depends, Form, Query, Request, Response
 
-from app.freezing.config import parse_rules
 from app.freezing.errors import InvalidDocument
 from app.service import Conflict, Service
 from app.web.guard import signed_in
 from app.web.job_views import Figure, JobPageView, JobView, LiveTreeView
 from app.web.pages import tree
+from app.web.pages.entries import config_items
 from app.web.pages.jobs import service_of
-from app.web.pages.workbench import POLICIES, text_of_rule, training_address
+from app.web.pages.training_form import training_address
+from app.web.pages.workbench import POLICIES
 from app.web.render import (
     NOTHING,
     format_bytes,
@@ -84,7 +85,7 @@ def _status_view(request: Request, job_id: int, message: str = "") -> JobPageVie
 def rerun_address(document: Document) -> str:
     """The workbench with everything filled in as this job was started."""
     config = document["config"]
-    rules = [("rule", f"{r.action}:{text_of_rule(r)}") for r in parse_rules(config["rules"])]
+    rules = config_items(config)
     policies = [(key, config[key]) for key in POLICIES]
     base = [("config", str(document["config_id"]))] * bool(document.get("config_id"))
     name = [("train.name", document["name"])] * bool(document["name"])
