@@ -1,6 +1,5 @@
 """Documents: what the service takes and gives, in the contract's shapes. It changes no row."""
 
-import difflib
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -9,7 +8,7 @@ from typing import Any, TypeGuard, TypeVar
 
 from sqlmodel import Session
 
-from app.freezing.errors import InvalidDocument
+from app.freezing.errors import MAX_FAULTS, InvalidDocument, describe_unknown
 from app.store import catalog, jobs
 from app.store.tables import Attempt, FreezeConfigRow, Job, Model, Task
 
@@ -86,12 +85,10 @@ def members(doc: Any, drop: Iterable[str] = ()) -> Document:
 
 def check_members(doc: Any, known: Iterable[str], field: str = "") -> None:
     known = tuple(known)
-    unknown = [str(key) for key in members(doc) if key not in known]
-    if unknown:
-        nearest = (difflib.get_close_matches(key, known, n=1, cutoff=0)[0] for key in unknown)
+    if unknown := [str(key) for key in members(doc) if key not in known]:
         raise InvalidDocument(
-            (f"{field}.{key}".lstrip("."), f"{key!r} is not known here; the nearest is {near!r}.")
-            for key, near in zip(unknown, nearest, strict=True)
+            (f"{field}.{key}".lstrip("."), describe_unknown(key, known, "known here"))
+            for key in unknown[:MAX_FAULTS]
         )
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from sqlmodel import Session
 
-from app.freezing.errors import InvalidDocument
+from app.freezing.errors import InvalidDocument, show_value
 from app.freezing.globs import compile_match
 from app.jobs import folder as job_folder
 from app.service.documents import (
@@ -52,9 +52,13 @@ class Records(Jobs):
     ) -> Document:
         if stat not in charts.STATS:
             choices = ", ".join(charts.STATS)
-            raise InvalidDocument([("stat", f"{stat!r} is not a measure; {choices} are.")])
+            raise InvalidDocument(
+                [("stat", f"{show_value(stat)} is not a measure; {choices} are.")]
+            )
         if reduce not in charts.REDUCTIONS:
-            raise InvalidDocument([("reduce", f"{reduce!r} may be 'max', 'min' or 'last'.")])
+            raise InvalidDocument(
+                [("reduce", f"{show_value(reduce)} may be 'max', 'min' or 'last'.")]
+            )
         try:
             is_wanted = compile_match(match) if match else lambda _: True
         except ValueError as error:
@@ -129,7 +133,12 @@ class Records(Jobs):
             pieces = export_json(self._db, job_id, document)
             return f"job-{job_id}.json", "application/json", pieces
         raise InvalidDocument(
-            [("format", f"{format!r} is not a format of this version; 'csv' and 'json' are.")]
+            [
+                (
+                    "format",
+                    f"{show_value(format)} is not a format of this version; 'csv' and 'json' are.",
+                )
+            ]
         )
 
     @property
