@@ -8,9 +8,10 @@ from typing import Any
 
 from sqlmodel import Session
 
+from app.freezing.assume import parse_assumption
 from app.freezing.config import config_document, parse_config
 from app.freezing.graph import ModelGraph
-from app.freezing.plan import parse_assumption, plan_config
+from app.freezing.plan import plan_config
 from app.jobs import folder as job_folder
 from app.service.documents import (
     CONFIG_ROW_MEMBERS,
