@@ -120,6 +120,12 @@ async def change_freeze(service: Verbs, job_id: Id, body: Body) -> Answer:
     return Answer(edit, 202)
 
 
+@router.get("/{job_id}/freeze")
+def read_freeze(service: Verbs, job_id: Id) -> Answer:
+    """What is frozen now, and at which steps that changed."""
+    return Answer(service.read_freeze(job_id))
+
+
 # --------------------------------------------------------------------------------- what it recorded
 
 
