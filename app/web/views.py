@@ -344,6 +344,18 @@ class ConfigsView:
 
 
 @dataclass(frozen=True, slots=True)
+class Pair:
+    """One thing said of two freeze configs."""
+
+    label: str
+    values: Sequence[str]
+
+    @property
+    def differs(self) -> bool:
+        return self.values[0] != self.values[1]
+
+
+@dataclass(frozen=True, slots=True)
 class CompareConfigsView:
     """Two saved freeze configs side by side, each planned on its own model.
 
@@ -356,7 +368,7 @@ class CompareConfigsView:
     shell: Shell
     configs: Sequence[Document]
     models: Sequence[Document]
-    rows: Sequence[tuple[str, Sequence[CompareRow]]]
+    rows: Sequence[tuple[str, Sequence[Pair]]]
     rules: Sequence[Sequence[str]]
     only: Sequence[Sequence[str]]
 

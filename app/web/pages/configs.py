@@ -20,7 +20,7 @@ from app.web.render import (
     render_page,
     shell,
 )
-from app.web.views import CompareConfigsView, CompareRow, ConfigsView
+from app.web.views import CompareConfigsView, ConfigsView, Pair
 
 router = APIRouter(dependencies=[Depends(signed_in)], include_in_schema=False)
 
@@ -84,11 +84,11 @@ def _compare_rows(
     configs: Sequence[dict[str, Any]],
     models: Sequence[dict[str, Any]],
     plans: Sequence[dict[str, Any]],
-) -> list[tuple[str, list[CompareRow]]]:
+) -> list[tuple[str, list[Pair]]]:
     costs = [plan["cost"] for plan in plans]
 
-    def row(label: str, values: Iterable[Any]) -> CompareRow:
-        return CompareRow(label, list(values))
+    def row(label: str, values: Iterable[str]) -> Pair:
+        return Pair(label, list(values))
 
     def share(key: str) -> list[str]:
         wholes = [(cost.get("full") or {}).get(key) for cost in costs]
