@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
@@ -435,6 +436,7 @@ def _read_nodes(
                 saved=_read_saved(grad_fn, kind, resting, storages)
                 if number in recorder.saving
                 else (),
+                gradient_bytes=sum(map(_result_bytes, grad_fn._input_metadata)),
             )
         )
     return tuple(nodes)
@@ -443,6 +445,10 @@ def _read_nodes(
 def _whole_node_flops(kind: str, flops: int) -> int:
     """Attention's backward is five products to the forward's two; anything else two to one."""
     return flops * 5 // 2 if "ScaledDotProduct" in kind else flops * 2
+
+
+def _result_bytes(result: Any) -> int:
+    return 0 if result.is_nested_tensor else math.prod(result.shape) * result.dtype.itemsize
 
 
 def _custom_backward_flops(grad_fn: Any, forward_flops: int) -> int:

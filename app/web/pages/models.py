@@ -271,6 +271,14 @@ def save_config(
     return redirect(request, f"/models/{model_id}?{query}")
 
 
+def show_faults(
+    request: Request, model_id: int, choice: workbench.Choice, error: InvalidDocument
+) -> Response:
+    """The workbench again, with what is wrong beside its field."""
+    view = _build(request, model_id, choice, tuple(faults_of(error)))
+    return render_page(request, "workbench.html", view, 422)
+
+
 @router.post("/models/{model_id}/jobs")
 def start_job(
     request: Request, model_id: int, items: list[tuple[str, str]] = Depends(form_items)
@@ -280,8 +288,7 @@ def start_job(
     try:
         job = service_of(request).launch_job(workbench.job_request(choice, model_id, kind))
     except InvalidDocument as error:
-        view = _build(request, model_id, choice, tuple(faults_of(error)))
-        return render_page(request, "workbench.html", view, 422)
+        return show_faults(request, model_id, choice, error)
     return redirect(request, f"/jobs/{job['id']}")
 
 

@@ -7,10 +7,10 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 from urllib.parse import urlencode
 
+from app.freezing.assume import parse_assumption
 from app.freezing.config import FreezeConfig, Rule, config_document, parse_config
 from app.freezing.errors import InvalidDocument
 from app.freezing.graph import ModelGraph
-from app.freezing.plan import parse_assumption
 from app.freezing.presets import preset_config, tick_module
 from app.training.recipe import OPTIONS
 from app.web.pages.entries import (

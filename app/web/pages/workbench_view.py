@@ -7,10 +7,10 @@ from collections.abc import Iterable, Sequence
 
 from fastapi import Request
 
+from app.freezing.assume import OPTIMIZER_STATE, PRECISIONS
 from app.freezing.config import match_names, parse_config
 from app.freezing.errors import InvalidDocument
 from app.freezing.graph import ModelGraph
-from app.freezing.plan import OPTIMIZER_STATE, PRECISIONS
 from app.freezing.presets import PRESETS
 from app.web.pages import tree
 from app.web.pages.entries import Document, part_of
