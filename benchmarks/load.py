@@ -79,10 +79,9 @@ async def _load(script: Script, jobs: list[int]) -> None:
             print(f"\r{start + 100} streams aborted", end="", file=sys.stderr)
         print(file=sys.stderr)
     after = await _settle(server, before)
-    print(
-        f"after {STREAMS} streams and {ABORTED} aborted ones: "
-        f"descriptors {before[1]} → {after[1]}, threads {before[2]} → {after[2]}, memory {before[0] / 1e6:.0f} → {after[0] / 1e6:.0f} MB"
-    )
+    print(f"after {STREAMS} streams and {ABORTED} aborted ones, before → after:")
+    print(f"  descriptors {before[1]} → {after[1]}, threads {before[2]} → {after[2]}")
+    print(f"  memory {before[0] / 1e6:.0f} → {after[0] / 1e6:.0f} MB")
 
 
 async def _read(client: httpx2.AsyncClient, job: int, seconds: float) -> list[float]:
