@@ -91,13 +91,13 @@ async def _follow(
         if finished:
             yield ServerSentEvent(event="end", raw_data="{}", id=cursor)
             return
-        if news:  # a portion: there may be more already
-            # Up to a common beat, so that streams of one job come to stand side by side.
-            pace = PACE_S * (1 + app.state.open_streams.count // CROWD)
-            await asyncio.sleep(pace - asyncio.get_running_loop().time() % pace)
-            continue
-        while not is_closing(app) and await service.wait_for_change(seen, LOOK_S) == seen:
-            pass
+        if not news:  # else it was a portion: there may be more already
+            while not is_closing(app) and await service.wait_for_change(seen, LOOK_S) == seen:
+                pass
+        # Up to a common beat, so that streams of one job come to stand side by side; and a reading
+        # that is still shared, though newer things have happened, is not asked for in a circle.
+        pace = PACE_S * (1 + app.state.open_streams.count // CROWD)
+        await asyncio.sleep(pace - asyncio.get_running_loop().time() % pace)
 
 
 # What a reading of news gives: the version it was made at, events with their data as text, the
