@@ -22,6 +22,7 @@ from app.web.limits import FailedLogins, OpenStreams
 from app.web.pages import (
     compare,
     configs,
+    imports,
     job,
     jobs,
     login,
@@ -84,7 +85,9 @@ def create_app(settings: Settings) -> FastAPI:
     app.state.settings = settings
     errors.install(app)
     app.include_router(api.router)
-    for page in (login, models, preview, configs, jobs, job, compare, sweeps, system, patterns):
+    for page in (
+        login, models, preview, imports, configs, jobs, job, compare, sweeps, system, patterns
+    ):  # fmt: skip
         app.include_router(page.router)
     app.mount("/static", StaticFiles(directory=STATIC), name="static")
     guard.check_declared(app)

@@ -307,13 +307,31 @@ class MatchesView:
 
 
 @dataclass(frozen=True, slots=True)
+class Change:
+    """One thing that an import would change, where its rules count and where its names do."""
+
+    label: str
+    by_rules: Sequence[str]
+    by_names: Sequence[str]
+
+
+@dataclass(frozen=True, slots=True)
 class ImportView:
-    """An imported freeze config whose names differ from what its rules give on this model."""
+    """A freeze config to be imported. `now` is the address of what the workbench shows.
+
+    Attributes:
+        config: the document as its rules expand on this model; None before one was given.
+        differences: names on which its lists and its rules disagree, by kind.
+    """
 
     shell: Shell
     model: Document
-    document: str
+    now: str = ""
+    document: str = ""
+    config: Document | None = None
+    is_other_model: bool = False
     differences: Sequence[tuple[str, Sequence[str]]] = ()
+    changes: Sequence[Change] = ()
     faults: Sequence[Fault] = ()
 
 
@@ -322,6 +340,37 @@ class ConfigsView:
     shell: Shell
     configs: Sequence[Document]
     models: Mapping[int, Document]
+    message: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """One thing said of two freeze configs."""
+
+    label: str
+    values: Sequence[str]
+
+    @property
+    def differs(self) -> bool:
+        return self.values[0] != self.values[1]
+
+
+@dataclass(frozen=True, slots=True)
+class CompareConfigsView:
+    """Two saved freeze configs side by side, each planned on its own model.
+
+    Attributes:
+        rows: (heading, rows) of figures and policies.
+        rules: the rules, phases and groups of each, as they are typed.
+        only: names that one freezes and the other does not, by side.
+    """
+
+    shell: Shell
+    configs: Sequence[Document]
+    models: Sequence[Document]
+    rows: Sequence[tuple[str, Sequence[Pair]]]
+    rules: Sequence[Sequence[str]]
+    only: Sequence[Sequence[str]]
 
 
 # ------------------------------------------------------------------------------------------ others

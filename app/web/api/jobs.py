@@ -18,6 +18,7 @@ from app.web.api.body import (
     OptionalId,
     StepId,
     Verbs,
+    gives,
     takes,
 )
 from app.web.api.configs import attachment
@@ -168,13 +169,13 @@ def read_job_config(service: Verbs, job_id: Id) -> Answer:
     return Answer(service.read_job_config(job_id))
 
 
-@router.get("/{job_id}/log")
+@router.get("/{job_id}/log", responses=gives("text/plain"))
 def read_log(service: Verbs, job_id: Id, after: After = 0) -> Response:
     """What the job printed, from a byte on."""
     return PlainTextResponse(service.read_log(job_id, after))
 
 
-@router.get("/{job_id}/export")
+@router.get("/{job_id}/export", responses=gives("text/csv", "application/json"))
 def export_job(service: Verbs, job_id: Id, format_: Format = "csv") -> Response:
     """Metrics and layer statistics as a file."""
     filename, media_type, content = service.export_job(job_id, format_)
@@ -190,7 +191,10 @@ def list_checkpoints(service: Verbs, job_id: Id) -> Answer:
     return Answer(service.list_checkpoints(job_id))
 
 
-@router.get("/{job_id}/checkpoints/{step}/model.safetensors")
+@router.get(
+    "/{job_id}/checkpoints/{step}/model.safetensors",
+    responses=gives("application/octet-stream"),
+)
 def download_checkpoint(service: Verbs, job_id: Id, step: StepId) -> Response:
     """The weights of one checkpoint."""
     path = service.checkpoint_file(job_id, step)
