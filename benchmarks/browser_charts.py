@@ -19,6 +19,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from benchmarks.browser import browse
 from playwright.sync_api import Page
 from sqlmodel import Session
 
@@ -30,7 +31,6 @@ from app.settings import Settings
 from app.store import jobs, samples
 from app.store.db import Database
 from app.store.tables import Attempt, Job, Model, Task
-from benchmarks.browser import browse
 
 PORTION = 500
 WATCH = """() => {
@@ -44,8 +44,11 @@ WATCH = """() => {
 DRAW = """async () => {
     const { measure, paint, toMatrix } = await import("/static/heatpaint.js");
     const [layers, steps] = [500, 2000];
-    const values = Array.from({length: layers}, () => Array.from({length: steps}, () => Math.exp(4 * Math.random())));
-    const given = {layers: values.map((_, i) => `layer.${i}`), steps: values[0].map((_, i) => i + 1), values};
+    const row = () => Array.from({length: steps}, () => Math.exp(4 * Math.random()));
+    const values = Array.from({length: layers}, row);
+    const names = values.map((_, i) => `layer.${i}`);
+    const given = {layers: names, steps: values[0].map((_, i) => i + 1), values};
+    const view = {from: 1, to: steps + 1, top: 0, bottom: layers, width: 900, height: 480};
     const canvas = document.createElement("canvas");
     canvas.width = 900; canvas.height = 480;
     const context = canvas.getContext("2d");
@@ -53,8 +56,7 @@ DRAW = """async () => {
     for (let i = 0; i < 7; i++) {
         const began = performance.now();
         const matrix = toMatrix(given);
-        const image = paint(matrix, measure(matrix), {from: 1, to: steps + 1, top: 0, bottom: layers, width: 900, height: 480});
-        context.putImageData(image, 0, 0);
+        context.putImageData(paint(matrix, measure(matrix), view), 0, 0);
         context.getImageData(0, 0, 1, 1);
         taken.push(performance.now() - began);
     }
@@ -121,7 +123,7 @@ def add_job(folder: Path, db: Database, layers: int, metrics: int, steps: int) -
         if layers > 8:
             first = step * 37 % (10_007 - layers)
             column = pool[first : first + layers]
-            norms = {key: column for key in ("grad_norm", "update_norm", "weight_norm")}
+            norms = dict.fromkeys(("grad_norm", "update_norm", "weight_norm"), column)
             records.append(Record(1, 2 * step + 1, "layers", {"step": step, **norms}))
         if step % PORTION == 0 or step == steps:
             portion, records = records, []
@@ -219,8 +221,11 @@ def measure_charts(page: Page, job_id: int) -> None:
 
 def measure_rest(page: Page) -> None:
     """CPU time of every process of the browser while a job is held and nothing changes."""
-    send = """async ([path, body]) => (await (await fetch(path, {method: body ? "POST" : "GET",
-        headers: {"Content-Type": "application/json"}, body: body && JSON.stringify(body)})).json())"""
+    send = """async ([path, body]) => {
+        const headers = {"Content-Type": "application/json"};
+        const answer = await fetch(path, {method: "POST", headers, body: JSON.stringify(body)});
+        return await answer.json();
+    }"""
     model = page.evaluate(send, ["/api/models", {"uri": "demo:digits"}])
 
     def until(path: str, state: str) -> None:
@@ -268,8 +273,8 @@ def main(large_steps: int = 1_000) -> None:
         with serve_folder(folder) as link, browse(link) as page:
             opened = [open_job(page, large, "2,000 layers") for _ in range(5)]
             print(
-                f"page of a job of 2,000 layers × {large_steps:,} steps, until its heatmap is drawn:"
-                f" {statistics.median(opened):.2f} s median, {max(opened):.2f} s at most"
+                f"page of 2,000 layers × {large_steps:,} steps, until its heatmap is drawn: "
+                f"{statistics.median(opened):.2f} s median, {max(opened):.2f} s at most"
             )
             measure_heatmap(page, heat)
             measure_charts(page, lines)

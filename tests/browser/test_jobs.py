@@ -338,7 +338,7 @@ def test_jobs_side_by_side_show_what_differs_and_the_best(page: Page, ended: int
     page.get_by_role("button", name="Compare", exact=True).click()
     page.wait_for_url(re.compile(r"jobs="))
     expect(page.locator("tr.differs", has_text="rules")).to_contain_text("freeze layer1.**")
-    expect(page.locator("tr", has_text="accuracy, new").locator(".best")).to_have_count(1)
+    expect(page.locator("tr", has_text="loss, held out").locator(".best")).to_have_count(1)
     expect(page.locator(".curves .chart").first).to_be_visible()
     expect(page.locator(".ratios tbody tr")).to_have_count(19)
     photograph(page, "compare-jobs")
