@@ -171,7 +171,7 @@ def browse(link: str) -> Iterator[Page]:
         page.set_default_timeout(60_000)
         page.goto(link)
         page.get_by_role("button", name="Log in").click()
-        page.wait_for_url(re.compile(r"/models"))
+        page.wait_for_url(lambda url: "/login" not in url)
         yield page
         browser.close()
 
