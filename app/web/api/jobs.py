@@ -162,6 +162,12 @@ def read_job_config(service: Verbs, job_id: Id) -> Answer:
     return Answer(service.read_job_config(job_id))
 
 
+@router.get("/{job_id}/insights")
+def read_insights(service: Verbs, job_id: Id) -> Answer:
+    """What the layer statistics say about the layers, as findings with their evidence."""
+    return Answer(service.read_insights(job_id))
+
+
 @router.get("/{job_id}/log")
 def read_log(service: Verbs, job_id: Id, after: After = 0) -> Response:
     """What the job printed, from a byte on."""
