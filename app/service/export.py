@@ -4,7 +4,9 @@ import csv
 import io
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping
+import sys
+from array import array
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
@@ -54,6 +56,19 @@ def _pieces(db: Database, job: Document) -> Iterator[list[tuple[int, str, str, A
             (step, layer, name, value)
             for step, value in zip(column.steps, mark(column.values), strict=True)
         ]
+
+
+def pack_rows(rows: Sequence[Sequence[Any]]) -> bytes:
+    """A matrix of marked values as little-endian float32: None as NaN, the mark NaN as -1."""
+    packed = array("f")
+    for row in rows:
+        packed.extend(_PACKED.get(value, value) for value in row)
+    if sys.byteorder == "big":
+        packed.byteswap()
+    return packed.tobytes()
+
+
+_PACKED = {None: math.nan, "NaN": -1.0, "Infinity": math.inf, "-Infinity": -math.inf}
 
 
 def _quote(text: str) -> str:

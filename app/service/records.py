@@ -69,12 +69,20 @@ class Records(Jobs):
             raise InvalidDocument([("match", str(error))]) from error
         with self._db.read() as session:
             find_row(session, Job, job_id)
-            layers = samples.read_layers(session, job_id)
-            positions = [index for index, path in enumerate(layers) if is_wanted(path)]
+            marks = samples.read_marks(session, job_id)
+            positions = [layer.position for layer in marks if is_wanted(layer.path)]
             steps, values = charts.read_matrix(
                 session, job_id, stat, positions, points, from_, to, reduce
             )
-        return {"layers": [layers[i] for i in positions], "steps": steps, "values": values}
+        shown = [marks[position] for position in positions]
+        return {
+            "layers": [layer.path for layer in shown],
+            "steps": steps,
+            "values": values,
+            # Between two exact passes, an update norm of these is an estimate from a sample.
+            "estimated": [layer.path for layer in shown if layer.estimated and "update" in stat],
+            "unreached": [layer.path for layer in shown if layer.unreached],
+        }
 
     def read_proof(self, job_id: int) -> Document:
         with self._db.read() as session:

@@ -14,7 +14,7 @@ import pytest
 from sqlmodel import Session
 
 from app.service.event_files import begin_events, checksum, pack_scalars
-from app.service.export import FORMATS
+from app.service.export import FORMATS, pack_rows
 from app.store import jobs, samples
 from app.store.db import Database
 from app.store.tables import Attempt, Job, Model
@@ -175,3 +175,10 @@ def test_a_long_job_never_lies_in_memory(tmp_path: Path, name: str) -> None:
     database.close()
     assert size > 1_000_000
     assert peak < 40 * 2**20
+
+
+def test_a_matrix_is_packed_as_float32() -> None:
+    packed = pack_rows([[1.5, None], ["NaN", "Infinity"], ["-Infinity", 0.0]])
+    told = struct.unpack("<6f", packed)
+    assert (told[0], *told[2:]) == (1.5, -1.0, math.inf, -math.inf, 0.0)
+    assert math.isnan(told[1])
