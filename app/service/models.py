@@ -37,7 +37,7 @@ class Models(Ground):
         # A graph never changes once it is there, and ids are never given twice.
         self._load_graph = lru_cache(maxsize=4)(self._load_graph_uncached)
         # The rows that somebody opens next are of the plan that was just made.
-        self._plan = lru_cache(maxsize=4)(self._plan_uncached)
+        self._plan = lru_cache(maxsize=16)(self._plan_uncached)
 
     def add_model(self, doc: Mapping[str, Any]) -> Document:
         """Take a model spec and have it inspected."""
