@@ -1,7 +1,7 @@
 """The predicted step time beside the measured one: eight models, five freeze sets each.
 
-Run alone: python -m benchmarks.predict [NAME …]. Each model is calibrated as a job's worker would do
-it, then really trained for some steps under each set. It takes minutes.
+Run alone: python -m benchmarks.predict [NAME …]. Each model is calibrated as a worker does it, then
+really trained for some steps under each set. It takes minutes.
 """
 
 import argparse
@@ -121,7 +121,9 @@ def freeze_sets(graph: ModelGraph) -> Iterator[tuple[str, list[bool]]]:
     yield "suffix", keep(lambda i: i < third)
     yield "middle", keep(lambda i: not third <= i < 2 * third)
     yield "head", keep(lambda i: i >= count - 2)
-    yield "biases", keep(lambda i: graph.parameters[i].name.endswith("bias"))
+    biases = keep(lambda i: graph.parameters[i].name.endswith("bias"))
+    norms = keep(lambda i: len(graph.parameters[i].shape) < 2)  # of a model without any bias
+    yield "biases", biases if any(biases) else norms
 
 
 def measure_ms(model: nn.Module, example: Any, graph: ModelGraph, trains: list[bool]) -> float:

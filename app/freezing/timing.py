@@ -23,7 +23,7 @@ class _Batch:
     optimizers: Mapping[str, Sequence[float]]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Timing:
     """How long the parts of a model's step take on one machine.
 
@@ -35,6 +35,11 @@ class Timing:
     device: str
     threads: int
     batches: tuple[_Batch, ...]
+
+    def describe(self) -> dict[str, Any]:
+        """On what it was timed, as a plan shows it."""
+        sizes = [batch.batch_size for batch in self.batches]
+        return {"device": self.device, "threads": self.threads, "batch_sizes": sizes}
 
     def predict_ms(
         self,
