@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
@@ -282,14 +283,15 @@ def _trace_nodes(
         packs = torch.autograd.graph.saved_tensors_hooks(recorder.note_saved, lambda tensor: tensor)
         with spans, packs, recorder:
             output = call_model(model, example)
-            value = _scalar_loss(output, example, loss)
+            value = scalar_loss(output, example, loss)
         if value.grad_fn is None:
             raise ValueError("the loss does not depend on any parameter")
         nodes = _read_nodes(model, value, spans, recorder, {_storage_key(t) for t in resting})
         return nodes, recorder.forward_flops
 
 
-def _scalar_loss(output: Any, example: Any, loss: Loss | None) -> torch.Tensor:
+def scalar_loss(output: Any, example: Any, loss: Loss | None) -> torch.Tensor:
+    """The loss that a plan is made for, where no targets are known."""
     if loss is not None:
         return loss(output, example)
     if isinstance(getattr(output, "loss", None), torch.Tensor):
@@ -434,6 +436,7 @@ def _read_nodes(
                 saved=_read_saved(grad_fn, kind, resting, storages)
                 if number in recorder.saving
                 else (),
+                gradient_bytes=sum(map(_result_bytes, grad_fn._input_metadata)),
             )
         )
     return tuple(nodes)
@@ -442,6 +445,10 @@ def _read_nodes(
 def _whole_node_flops(kind: str, flops: int) -> int:
     """Attention's backward is five products to the forward's two; anything else two to one."""
     return flops * 5 // 2 if "ScaledDotProduct" in kind else flops * 2
+
+
+def _result_bytes(result: Any) -> int:
+    return 0 if result.is_nested_tensor else math.prod(result.shape) * result.dtype.itemsize
 
 
 def _custom_backward_flops(grad_fn: Any, forward_flops: int) -> int:

@@ -8,7 +8,7 @@ from sqlmodel import Session
 from app.freezing.config import (
     parse_config,
 )
-from app.freezing.errors import InvalidDocument
+from app.freezing.errors import InvalidDocument, show_value
 from app.service.configs import Configs
 from app.service.documents import (
     CONFIG_ROW_MEMBERS,
@@ -48,12 +48,26 @@ class Jobs(Configs):
 
     def launch_job(self, doc: Mapping[str, Any]) -> Document:
         """Queue a training run or an evaluation."""
+        fields = self._read_launch(doc)
+
+        def add(session: Session) -> Document:
+            find_row(session, Model, fields["model_id"])  # not deleted in between
+            return job_document(session, jobs.add_job(session, **fields))
+
+        document = self._db.write(add)
+        self._runner.wake()
+        return document
+
+    def _read_launch(self, doc: Mapping[str, Any]) -> Document:
+        """The columns of the job that a document asks for."""
         errors: list[tuple[str, str]] = []
         with collecting(errors):
             check_members(doc, JOB_MEMBERS)
         kind = doc.get("kind", "train")
         if kind not in ("train", "evaluate"):
-            errors.append(("kind", f"{kind!r} is not a kind of job; 'train' and 'evaluate' are."))
+            errors.append(
+                ("kind", f"{show_value(kind)} is not a kind of job; 'train' and 'evaluate' are.")
+            )
         with collecting(errors):
             given = {**read_texts(doc), **read_numbers(doc)}
         with collecting(errors):
@@ -73,15 +87,8 @@ class Jobs(Configs):
             "training": training,
             **self._surroundings(),
         }
-
-        def add(session: Session) -> Document:
-            find_row(session, Model, model_id)  # not deleted in between
-            fields = {"model_id": model_id, "config_id": config_id, "config": config, **given}
-            return job_document(session, jobs.add_job(session, kind=kind, spec=spec, **fields))
-
-        document = self._db.write(add)
-        self._runner.wake()
-        return document
+        row = {"kind": kind, "spec": spec, "model_id": model_id}
+        return {**row, "config_id": config_id, "config": config, **given}
 
     def _read_training(self, doc: Any) -> Document:
         recipe = parse_recipe({} if doc is None else doc)
@@ -195,7 +202,9 @@ class Jobs(Configs):
     def pause_job(self, job_id: int, mode: str = "hold") -> Document:
         """Let a job rest: ``hold`` keeps its model loaded, ``release`` frees the device."""
         if mode not in ("hold", "release"):
-            raise InvalidDocument([("mode", f"{mode!r} is not a mode; 'hold' and 'release' are.")])
+            raise InvalidDocument(
+                [("mode", f"{show_value(mode)} is not a mode; 'hold' and 'release' are.")]
+            )
 
         def pause(session: Session) -> Document:
             job = find_row(session, Job, job_id)

@@ -1,16 +1,17 @@
 """Verbs on models: have one inspected, read its tree, plan a freeze config on it."""
 
+import json
 from collections.abc import Mapping
+from dataclasses import asdict
 from functools import lru_cache
 from typing import Any
 
 from sqlmodel import Session
 
-from app.freezing.config import (
-    parse_config,
-)
+from app.freezing.assume import parse_assumption
+from app.freezing.config import config_document, parse_config
 from app.freezing.graph import ModelGraph
-from app.freezing.plan import parse_assumption, plan_config
+from app.freezing.plan import plan_config
 from app.jobs import folder as job_folder
 from app.service.documents import (
     CONFIG_ROW_MEMBERS,
@@ -35,6 +36,8 @@ class Models(Ground):
         super().__init__(settings, db, runner_status)
         # A graph never changes once it is there, and ids are never given twice.
         self._load_graph = lru_cache(maxsize=4)(self._load_graph_uncached)
+        # The rows that somebody opens next are of the plan that was just made.
+        self._plan = lru_cache(maxsize=16)(self._plan_uncached)
 
     def add_model(self, doc: Mapping[str, Any]) -> Document:
         """Take a model spec and have it inspected."""
@@ -88,7 +91,8 @@ class Models(Ground):
             return task
 
         task = self._db.write(delete)
-        files.graph_path(self._settings.data_dir, model_id).unlink(missing_ok=True)
+        for path in (files.graph_path, files.model_card_path):
+            path(self._settings.data_dir, model_id).unlink(missing_ok=True)
         if task is not None and task.state == "stopping":
             self._runner.wake()
         elif task is not None and task.id is not None:
@@ -116,8 +120,17 @@ class Models(Ground):
         return ModelGraph.from_document(document)
 
     def make_plan(self, model_id: int, doc: Mapping[str, Any]) -> Document:
-        graph = self.read_graph(model_id)
         document = members(doc, drop=("assume", *CONFIG_ROW_MEMBERS))
         config, assume = parse_config(document), parse_assumption(doc.get("assume"))
-        memory = {device["id"]: device["bytes"] for device in self._runner.devices()}
-        return plan_config(graph, config, assume, memory).document()
+        memory = tuple((device["id"], device["bytes"]) for device in self._runner.devices())
+        asked = json.dumps([config_document(config), asdict(assume)], sort_keys=True)
+        self.read_graph(model_id)  # refuses what is not ready, plan or no plan
+        return self._plan(model_id, asked, memory)
+
+    def _plan_uncached(
+        self, model_id: int, asked: str, memory: tuple[tuple[str, int], ...]
+    ) -> Document:
+        config, assume = json.loads(asked)
+        graph = self._load_graph(model_id)
+        plan = plan_config(graph, parse_config(config), parse_assumption(assume), dict(memory))
+        return plan.document()

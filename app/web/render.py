@@ -17,9 +17,11 @@ from jinja2.runtime import Context
 from markupsafe import Markup
 
 from app import __version__
-from app.web import views
+from app.freezing.errors import InvalidDocument
+from app.web.job_views import Shell
 
 TEMPLATES = Path(__file__).resolve().parents[2] / "templates"
+LONGEST_ADDRESS = 16_000
 THIN_SPACE = "\u202f"
 NOTHING = "–"
 
@@ -100,7 +102,15 @@ def render_block(request: Request, template: str, block: str, view: Any) -> HTML
 
 
 def redirect(request: Request, path: str) -> RedirectResponse:
-    """303 to a page of ours, so that a reload does not send the form again."""
+    """303 to a page of ours, so that a reload does not send the form again.
+
+    Raises:
+        InvalidDocument: what the address is to carry is longer than servers and proxies read.
+    """
+    if len(path) > LONGEST_ADDRESS:
+        raise InvalidDocument(
+            [("", f"{len(path):,} characters do not fit into an address; save the config instead.")]
+        )
     return RedirectResponse(root_path(request) + path, 303)
 
 
@@ -108,9 +118,9 @@ def root_path(request: Request) -> str:
     return str(request.scope.get("root_path", "")).rstrip("/")
 
 
-def shell(request: Request, title: str, section: str = "") -> views.Shell:
+def shell(request: Request, title: str, section: str = "") -> Shell:
     """The frame of a page; `request` gives the address that login and links return to."""
-    return views.Shell(title=title, section=section, path=request.url.path)
+    return Shell(title=title, section=section, path=request.url.path)
 
 
 # ------------------------------------------------------------------------------- words for values

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
-from urllib.parse import urlencode
+from urllib.parse import parse_qsl, urlencode
 
-from fastapi import APIRouter, Depends, Request, Response, UploadFile
-from fastapi.responses import HTMLResponse
-from starlette.concurrency import run_in_threadpool
+from fastapi import APIRouter, Depends, Request, Response
 from starlette.datastructures import FormData
 
 from app.freezing.config import config_document
@@ -18,14 +17,18 @@ from app.freezing.export import config_as_python
 from app.service import Conflict, Service
 from app.web.guard import changes_nothing, signed_in
 from app.web.pages import model_form, tree, workbench
+from app.web.pages.entries import Items
 from app.web.pages.jobs import view_jobs
+from app.web.pages.training_form import suggest_training
+from app.web.pages.workbench_view import build_view, count_rule
 from app.web.render import redirect, render_block, render_page, shell
-from app.web.views import Fault, ImportView, ModelsView, WorkbenchView
+from app.web.views import Fault, ModelsView, WorkbenchView
 
 router = APIRouter(dependencies=[Depends(signed_in)], include_in_schema=False)
 
 Document = dict[str, Any]
 RECENT_JOBS = 8
+GUIDE_COOKIE = "frostline-guide"  # set by workbench.js where somebody hides the first steps
 
 
 def service_of(request: Request) -> Service:
@@ -116,7 +119,7 @@ def delete_model(request: Request, model_id: int) -> Response:
 # --------------------------------------------------------------------------------------- workbench
 
 
-def read_choice(request: Request, items: workbench.Items) -> workbench.Choice:
+def read_choice(request: Request, items: Items) -> workbench.Choice:
     config_id = dict(items).get("config", "")
     base = None
     if config_id.isascii() and config_id.isdigit() and len(config_id) < 19:
@@ -125,8 +128,13 @@ def read_choice(request: Request, items: workbench.Items) -> workbench.Choice:
 
 
 def _build(
-    request: Request, model_id: int, choice: workbench.Choice, faults: tuple[Fault, ...] = ()
+    request: Request,
+    model_id: int,
+    choice: workbench.Choice,
+    faults: tuple[Fault, ...] = (),
+    seen: workbench.Choice | None = None,
 ) -> WorkbenchView:
+    """The page of one choice; `seen` is the one that the browser shows already."""
     service = service_of(request)
     model = service.get_model(model_id)
     if model["state"] != "ready":
@@ -136,15 +144,21 @@ def _build(
         )
         return WorkbenchView(shell=page, model=model, again=again)
     plan = service.make_plan(model_id, workbench.plan_request(choice))
+    before = service.make_plan(model_id, workbench.plan_request(seen)) if seen else None
     saved = service.list_configs(model_id=model_id)
     graph = service.read_graph(model_id)
-    return workbench.build_view(request, model, graph, choice, plan, saved, faults)
+    view = build_view(request, model, graph, choice, plan, saved, faults, before)
+    is_hidden = request.cookies.get(GUIDE_COOKIE) == "hidden"
+    is_demo = str(model["uri"]).startswith("demo:")
+    return replace(view, guide=is_demo and not is_hidden and not service.list_jobs(limit=1))
 
 
 @router.get("/models/{model_id}")
 def show_model(request: Request, model_id: int) -> Response:
     choice = read_choice(request, request.query_params.multi_items())
-    choice = workbench.suggest_training(choice, service_of(request).get_model(model_id)["uri"])
+    if not choice.training:
+        suggested = suggest_training(service_of(request).get_model(model_id)["uri"])
+        choice = replace(choice, training=suggested)
     return render_page(request, "workbench.html", _build(request, model_id, choice))
 
 
@@ -167,15 +181,20 @@ def change_choice(
 def show_plan(
     request: Request, model_id: int, items: list[tuple[str, str]] = Depends(form_items)
 ) -> Response:
-    """A button with JavaScript: the rules, the plan and the tree's states in one answer."""
+    """A button with JavaScript: the rules, the plan and what changes in the tree in one answer.
+
+    ``seen`` is the address of what the browser shows; the states are those that differ from it.
+    """
     choice = read_choice(request, items)
+    address = dict(items).get("seen")
+    seen = None if address is None else read_choice(request, parse_qsl(address))
     faults: tuple[Fault, ...] = ()
     try:
         choice = workbench.act(choice, service_of(request).read_graph(model_id), items)
     except InvalidDocument as error:
         faults = tuple(faults_of(error))
     return render_block(
-        request, "workbench.html", "answer", _build(request, model_id, choice, faults)
+        request, "workbench.html", "answer", _build(request, model_id, choice, faults, seen)
     )
 
 
@@ -186,8 +205,9 @@ def show_rows(request: Request, model_id: int, parent: int | None = None) -> Res
     choice = read_choice(request, request.query_params.multi_items())
     graph = service.read_graph(model_id)
     states = tree.read_states(graph, service.make_plan(model_id, workbench.plan_request(choice)))
+    found = None
     if choice.search:
-        rows, _ = tree.find_rows(graph, states, choice.search)
+        rows, found = tree.find_rows(graph, states, choice.search)
     elif parent is None or not 0 <= parent < len(graph.modules):
         opened = tree.first_open(graph) if choice.opened is None else choice.opened
         rows = tree.list_rows(graph, states, opened)
@@ -195,7 +215,7 @@ def show_rows(request: Request, model_id: int, parent: int | None = None) -> Res
         opened = (choice.opened or frozenset()) | {parent}
         rows = tree.list_rows(graph, states, opened, parent)[1:]
     page, model = shell(request, "Rows", "models"), service.get_model(model_id)
-    view = WorkbenchView(page, model, tree=rows, address=choice.address())
+    view = WorkbenchView(page, model, tree=rows, found=found, address=choice.address())
     return render_block(request, "workbench.html", "rows", view)
 
 
@@ -204,7 +224,7 @@ def show_matches(
     request: Request, model_id: int, add_action: str = "freeze", add_text: str = ""
 ) -> Response:
     graph = service_of(request).read_graph(model_id)
-    view = workbench.count_rule(graph, add_action, add_text)
+    view = count_rule(graph, add_action, add_text)
     return render_page(request, "_matches.html", view)
 
 
@@ -249,6 +269,14 @@ def save_config(
     return redirect(request, f"/models/{model_id}?{query}")
 
 
+def show_faults(
+    request: Request, model_id: int, choice: workbench.Choice, error: InvalidDocument
+) -> Response:
+    """The workbench again, with what is wrong beside its field."""
+    view = _build(request, model_id, choice, tuple(faults_of(error)))
+    return render_page(request, "workbench.html", view, 422)
+
+
 @router.post("/models/{model_id}/jobs")
 def start_job(
     request: Request, model_id: int, items: list[tuple[str, str]] = Depends(form_items)
@@ -258,56 +286,5 @@ def start_job(
     try:
         job = service_of(request).launch_job(workbench.job_request(choice, model_id, kind))
     except InvalidDocument as error:
-        view = _build(request, model_id, choice, tuple(faults_of(error)))
-        return render_page(request, "workbench.html", view, 422)
+        return show_faults(request, model_id, choice, error)
     return redirect(request, f"/jobs/{job['id']}")
-
-
-# ------------------------------------------------------------------------------------------ import
-
-
-@router.get("/models/{model_id}/import")
-def show_import(request: Request, model_id: int) -> Response:
-    view = ImportView(
-        shell(request, "Import", "models"), service_of(request).get_model(model_id), ""
-    )
-    return render_page(request, "import.html", view)
-
-
-@router.post("/models/{model_id}/import")
-async def import_config(request: Request, model_id: int) -> Response:
-    """A file or pasted text; where names differ, the differences before anything is stored."""
-    form = await request.form()
-    text = form.get("document")
-    upload = form.get("file")
-    if isinstance(upload, UploadFile) or hasattr(upload, "read"):
-        content = await upload.read()  # type: ignore[union-attr]
-        text = content.decode("utf-8", errors="replace") if content else text
-    accept = form.get("accept")
-    return await run_in_threadpool(
-        _import, request, model_id, str(text or ""), str(accept) if accept else None
-    )
-
-
-def _import(
-    request: Request, model_id: int, text: str, accept: str | None
-) -> HTMLResponse | Response:
-    service = service_of(request)
-    page, model = shell(request, "Import", "models"), service.get_model(model_id)
-    try:
-        if not text.strip():
-            raise InvalidDocument([("", "Choose a file, or paste the JSON of a freeze config.")])
-        document = model_form.read_json("document", text)
-        if not isinstance(document, dict):
-            raise InvalidDocument([("document", "A freeze config is a JSON object.")])
-        saved = service.import_config(model_id, document, accept)
-    except InvalidDocument as error:
-        view = ImportView(page, model, text, (), faults_of(error))
-        return render_page(request, "import.html", view, 422)
-    except Conflict as conflict:
-        differing = conflict.extra.get("differing")
-        if not differing:
-            raise
-        view = ImportView(page, model, text, [(k, v) for k, v in differing.items() if v])
-        return render_page(request, "import.html", view, 409)
-    return redirect(request, f"/models/{model_id}?{urlencode([('config', saved['id'])])}")
