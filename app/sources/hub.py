@@ -15,7 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from app.sources.fetch import ask_hub, fetch_weights, in_words
 from app.sources.intake import IMAGENET_MEAN, IMAGENET_STD, Intake
-from app.sources.libraries import first_line, load_library
+from app.sources.libraries import load_library
 from app.sources.spec import ModelSpec
 from app.sources.user_code import refuse_answer
 
@@ -293,16 +293,16 @@ def build_vision_model(
     options = dict(spec.kwargs)
     if spec.num_classes is not None:
         options["num_classes"] = spec.num_classes
-    try:
-        with torch.device("meta") if weightless else contextlib.nullcontext():
-            if scheme == "timm":
-                model = models.create_model(name, pretrained=wants_weights, **options)
-            else:
-                model = _build_torchvision(models, name, options, wants_weights)
-    except (MemoryError, torch.OutOfMemoryError):
-        raise
-    except Exception as error:
-        raise refuse_answer(f"{scheme}:{name} cannot be built: {first_line(error)}") from error
+    if scheme == "timm" and wants_weights:
+        ask_hub()
+    with (
+        in_words(f"{scheme}:{name}", None),
+        torch.device("meta") if weightless else contextlib.nullcontext(),
+    ):
+        if scheme == "timm":
+            model = models.create_model(name, pretrained=wants_weights, **options)
+        else:
+            model = _build_torchvision(models, name, options, wants_weights)
     if weightless:
         build_without_weights(model)
     shape, mean, std = (3, 224, 224), IMAGENET_MEAN, IMAGENET_STD
