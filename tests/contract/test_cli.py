@@ -26,6 +26,7 @@ VERBS = [
     "resume",
     "delete",
     "evaluate",
+    "sweep",
     "link",
     "doctor",
 ]
@@ -167,6 +168,12 @@ def test_training_exporting_verifying_and_deleting(served: Path) -> None:
     assert json.loads(run(served, "jobs", "--json"))[0]["id"] == job["id"]
     assert "succeeded" in run(served, "jobs")
     run(served, "export", number, "--format", "csv", "-o", str(served / "out.csv"))
+    run(served, "export", number, "--format", "parquet", "-o", str(served / "out.parquet"))
+    assert (served / "out.parquet").read_bytes()[-4:] == b"PAR1"
+    run(served, "export", number, "--format", "tensorboard", "-o", str(served / "events"))
+    (events,) = (served / "events").iterdir()
+    assert "tfevents" in events.name
+    assert events.stat().st_size > 1000
     assert "loss" in (served / "out.csv").read_text()
     folders = sorted((served / "jobs" / number / "checkpoints").iterdir())
     first, last = folders[0], folders[-1]
@@ -187,6 +194,23 @@ def test_evaluating_gives_metrics_alone(data: Path) -> None:
     assert job["state"] == "succeeded"
     assert any(name.startswith("eval/") for name in job["metrics"])
     assert job["proof"] is None
+
+
+def test_a_sweep_is_one_table_of_freeze_sets(data: Path, tmp_path: Path) -> None:
+    own = tmp_path / "first-layer.json"
+    own.write_text(json.dumps({"rules": [{"action": "freeze", "match": "layer1"}]}))
+    told = run(
+        data,
+        *("sweep", "demo:three-layers", "demo:three-layers", "--set", "nothing"),
+        *("--set", str(own), "--max-steps", "3", "--device", "cpu", "--json"),
+    )
+    table = json.loads(told)["table"]
+    assert [row["set"] for row in table] == ["Freeze nothing", "first-layer"]
+    assert {row["state"] for row in table} == {"succeeded"}
+    assert [row["frozen_count"] for row in table] == [0, 2]
+    assert "'hed' is not a preset" in run(
+        data, "sweep", "demo:three-layers", "demo:three-layers", "--set", "hed", status=1
+    )
 
 
 def test_ctrl_c_stops_a_training_with_a_checkpoint(data: Path) -> None:
