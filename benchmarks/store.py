@@ -5,6 +5,7 @@ Run alone: python -m benchmarks.store [steps]. TensorBoard and trackio are optio
 """
 
 import importlib
+import os
 import random
 import shutil
 import statistics
@@ -180,6 +181,7 @@ def run_tensorboard(folder: Path, steps: int) -> None:
 
 
 def run_trackio(folder: Path, steps: int) -> None:
+    os.environ["TRACKIO_DIR"] = str(folder)  # read when it is imported
     storage = importlib.import_module("trackio.sqlite_storage").SQLiteStorage
     before, batch = time.perf_counter(), []
     for step, values, columns in make_steps(steps):
