@@ -113,4 +113,8 @@ def doctor(settings: "Settings") -> None:
         if not good:
             findings.append(name)
     if findings:
-        raise Failure(f"{len(findings)} findings: {', '.join(findings)}.")
+        wrong = ", ".join(findings)
+        raise Failure(
+            f"{len(findings)} of these {'is' if len(findings) == 1 else 'are'} wrong: {wrong}."
+        )
+    print("Nothing is wrong.")

@@ -1,15 +1,10 @@
-"""Verbs on the machine and the door: tasks, health, the report, logins."""
+"""Verbs on tasks and on the door: what workers find out beside the jobs, and logins."""
 
-import importlib.metadata
-import platform
 import secrets
-import shutil
 from datetime import UTC, datetime, timedelta
 
-import psutil
 from sqlmodel import Session
 
-from app import __version__
 from app.jobs import folder as job_folder
 from app.service.documents import (
     Document,
@@ -19,16 +14,16 @@ from app.service.documents import (
     iso,
     members,
 )
-from app.service.ground import Ground
-from app.store import catalog, files, jobs
+from app.service.machine import Machine
+from app.store import catalog, files
 from app.store.tables import Task
 
 LINK_MINUTES = 15
 SESSION_DAYS = 30
 
 
-class System(Ground):
-    """Verbs on the machine and the door."""
+class System(Machine):
+    """Verbs on tasks and on the door."""
 
     def get_task(self, task_id: int) -> Document:
         """A task's state, and what it found out: `result`, None until then.
@@ -67,39 +62,6 @@ class System(Ground):
         self._db.write(stop)
         self._runner.wake()
         return self.get_task(task_id)
-
-    def health(self) -> Document:
-        """`workers` is how many jobs can run at once; 0 while no worker can be started."""
-        slots = self._runner.slots()
-        total = slots["cpu"]["total"] + slots["cuda"]["total"]
-        is_ready = self._runner.keeper()["ready"]
-        return {"status": "ok", "version": __version__, "workers": total if is_ready else 0}
-
-    def system_report(self) -> Document:
-        with self._db.read() as session:
-            counts = jobs.count_by_state(session)
-        disk, memory = shutil.disk_usage(self._settings.data_dir), psutil.virtual_memory()
-        python = self._settings.worker_python
-        return {
-            "version": __version__,
-            "python": platform.python_version(),
-            "torch": importlib.metadata.version("torch"),
-            "data_dir": str(self._settings.data_dir),
-            "database_bytes": self._db.path.stat().st_size,
-            "devices": self._runner.devices(),
-            "slots": self._runner.slots(),
-            "keeper": self._runner.keeper(),
-            "disk": {"free": disk.free, "total": disk.total},
-            "memory": {
-                "server": psutil.Process().memory_info().rss,
-                "available": memory.available,
-                "total": memory.total,
-            },
-            "jobs": counts,
-            "code_dirs": [str(path) for path in self._settings.code_dirs],
-            "file_dirs": [str(path) for path in self._settings.file_dirs],
-            "worker_python": None if python is None else str(python),
-        }
 
     def make_link(self) -> str:
         """A new one-time login secret; only its digest is kept."""

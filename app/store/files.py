@@ -2,6 +2,7 @@
 
 import contextlib
 import shutil
+import stat
 import uuid
 from pathlib import Path
 
@@ -62,5 +63,6 @@ def folder_bytes(path: Path) -> int:
     total = 0
     for file in path.rglob("*"):
         with contextlib.suppress(FileNotFoundError):  # removed in this moment
-            total += file.lstat().st_size
+            found = file.lstat()
+            total += found.st_size if stat.S_ISREG(found.st_mode) else 0
     return total

@@ -378,10 +378,10 @@ class CompareConfigsView:
 
 @dataclass(frozen=True, slots=True)
 class SystemView:
-    """`sections` are (title, rows) with rows of (label, value)."""
+    """`sections` are (title, rows) with rows of (label, value); `report` is the service's."""
 
     shell: Shell
-    devices: Sequence[Document]
+    report: Document
     sections: Sequence[tuple[str, Sequence[tuple[str, Any]]]]
 
 

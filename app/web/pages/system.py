@@ -1,4 +1,4 @@
-"""The page about the machine: devices, slots, the warm process, disk, settings."""
+"""The page about the machine: how things are, devices, what runs and waits, disk use, versions."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 from fastapi import APIRouter, Depends, Request, Response
 
 from app.web.guard import signed_in
-from app.web.render import NOTHING, format_bytes, render_page, shell
+from app.web.render import format_bytes, render_page, shell
 from app.web.views import SystemView
 
 router = APIRouter(dependencies=[Depends(signed_in)], include_in_schema=False)
@@ -17,43 +17,26 @@ router = APIRouter(dependencies=[Depends(signed_in)], include_in_schema=False)
 @router.get("/system")
 def show_system(request: Request) -> Response:
     report = request.app.state.service.system_report()
-    view = SystemView(
-        shell(request, "System", "system"), report.get("devices") or (), _sections(report)
-    )
+    view = SystemView(shell(request, "System", "system"), report, _sections(report))
     return render_page(request, "system.html", view)
 
 
 def _sections(report: Mapping[str, Any]) -> list[tuple[str, list[tuple[str, Any]]]]:
-    """The report in groups; members that this page does not know are shown as they are."""
-    versions = [(key, report[key]) for key in ("version", "python", "torch") if key in report]
-    slots = [
-        (name, f"{slot['busy']} of {slot['total']} busy" if slot["total"] else "none here")
-        for name, slot in (report.get("slots") or {}).items()
-    ]
-    keeper = report.get("keeper") or {}
-    warm = [
-        ("state", "ready" if keeper.get("ready") else "warming up"),
-        ("process", keeper.get("pid") or NOTHING),
-        ("torch loaded ahead", "yes" if keeper.get("preloaded") else "no"),
-    ]
-    space = [
-        (f"{kind}, {part}", format_bytes(value))
-        for kind in ("memory", "disk")
-        for part, value in (report.get(kind) or {}).items()
-    ]
-    space.append(("database", format_bytes(report.get("database_bytes"))))
-    places = [
-        (key.replace("_", " "), _list(report.get(key)))
-        for key in ("data_dir", "code_dirs", "file_dirs", "worker_python")
-    ]
-    jobs = list((report.get("jobs") or {}).items()) or [("none yet", "")]
+    """What is looked up rather than watched, in groups of (label, value)."""
+    memory = report["memory"]
+    places = ("data_dir", "code_dirs", "file_dirs", "worker_python")
     return [
-        ("Software", versions),
-        ("Slots", slots),
-        ("Warm process", warm),
-        ("Space", space),
-        ("Places", places),
-        ("Jobs by state", jobs),
+        ("Software", [(f"{key}", report[key]) for key in ("version", "python", "torch")]),
+        (
+            "Memory of this machine",
+            [
+                ("the server takes", format_bytes(memory["server"])),
+                ("available", format_bytes(memory["available"])),
+                ("in all", format_bytes(memory["total"])),
+            ],
+        ),
+        ("Places", [(key.replace("_", " "), _list(report[key])) for key in places]),
+        ("Jobs by state", list(report["jobs"].items()) or [("none yet", "")]),
     ]
 
 

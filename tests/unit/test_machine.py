@@ -1,0 +1,83 @@
+"""What is said of the machine: of workers, queue, disk and database, in words."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from app.store import damage
+from tests.worker.silly_house import House
+
+
+@pytest.fixture
+def house(tmp_path: Path) -> Iterator[House]:
+    made = House(tmp_path, min_free_bytes=0)
+    made.add_model()
+    yield made
+    made.db.close()
+
+
+def found(house: House) -> dict[str, tuple[bool, str]]:
+    report: dict[str, Any] = house.service.system_report()
+    return {one["subject"]: (one["is_well"], one["words"]) for one in report["findings"]}
+
+
+def test_a_quiet_machine_is_well(house: House) -> None:
+    house.tick()
+    assert all(is_well for is_well, _ in found(house).values())
+    assert found(house)["queue"][1] == "0 jobs running, nobody waits."
+
+
+def test_who_runs_who_waits_and_for_what(house: House) -> None:
+    house.tick()
+    for _ in range(2):
+        house.launch()
+    house.tick()
+    house.tick()
+    report = house.service.system_report()
+    assert [(one["id"], one["device"]) for one in report["running"]] == [(1, "cpu")]
+    assert [one["id"] for one in report["queue"]] == [2]
+    assert (
+        "Next is job 2: It waits for cpu, where job 1 must end first." in found(house)["queue"][1]
+    )
+    assert report["devices"][0]["jobs"] == [1]
+
+
+def test_what_is_wrong_is_said(house: House) -> None:
+    house.tick()
+    damage.marker_of(house.db.path).write_text("malformed")
+    is_well, words = found(house)["database"]
+    assert (is_well, "Restart the server" in words) == (False, True)
+    damage.marker_of(house.db.path).unlink()
+
+
+def test_a_disk_that_is_too_full_starts_nothing_and_says_so(tmp_path: Path) -> None:
+    house = House(tmp_path, min_free_bytes=10**18)
+    house.add_model()
+    house.tick()
+    house.launch()
+    house.tick()
+    assert house.keeper.started == []
+    assert house.job()["waiting_for"].startswith(f"The disk of {tmp_path} is full")
+    is_well, words = found(house)["disk"]
+    assert (is_well, "No job starts below" in words) == (False, True)
+    house.db.close()
+
+
+def test_where_the_space_went(house: House) -> None:
+    house.tick()
+    house.launch()
+    house.tick()
+    folder = house.directory().parents[1]
+    checkpoint = folder / "checkpoints" / "step-000000005"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "model.safetensors").write_bytes(bytes(5000))
+    (house.settings.data_dir / "frostline.db.v0001_first").write_bytes(bytes(700))
+    space = house.service.system_report()["space"]
+    (largest,) = space["largest"]
+    assert (largest["checkpoints"], largest["checkpoint_bytes"]) == (1, 5000)
+    assert largest["bytes"] > 5000
+    assert [(one["name"], one["bytes"]) for one in space["copies"]] == [
+        ("frostline.db.v0001_first", 700)
+    ]
