@@ -11,10 +11,10 @@ from fastapi.staticfiles import StaticFiles
 
 from app import __version__
 from app.jobs.keeper import Keeper
+from app.jobs.rebuild import open_database
 from app.jobs.runner import Runner
 from app.service import Service
 from app.settings import Settings, read_token
-from app.store.db import Database
 from app.store.lock import DataFolderHeld, Holder, hold_data_folder, read_holder
 from app.web import api, errors, guard
 from app.web.audit import AuditLog
@@ -40,8 +40,7 @@ def create_app(settings: Settings) -> FastAPI:
         host = f"[{settings.host}]" if ":" in settings.host else settings.host
         address = f"http://{host}:{settings.port}"
         with hold_data_folder(settings.data_dir, address):
-            is_new = not (settings.data_dir / "frostline.db").exists()
-            db = Database(settings.data_dir / "frostline.db")
+            db, is_new = open_database(settings)
             runner = Runner(settings, db, lambda: Keeper.connect(settings.data_dir))
             app.state.service = Service(settings, db, runner)
             app.state.token = read_token(settings)

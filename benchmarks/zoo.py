@@ -1,7 +1,8 @@
-"""How many of the libraries' model types build and trace from their configuration alone.
+"""How many libraries' model types show tree, counts and rules from their configuration.
 
-Run alone: python -m benchmarks.zoo [NAME …]. It takes minutes, so `make bench` leaves it
-out. Nothing is downloaded, and no weight takes memory.
+Run alone: python -m benchmarks.zoo [NAME …]. It takes minutes, so `make bench` leaves it out: it is
+`make zoo`. Nothing is downloaded, and no weight takes memory. What the library itself cannot build
+from its default configuration is named and not counted.
 """
 
 import argparse
@@ -11,11 +12,14 @@ import statistics
 import time
 import warnings
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TRANSFORMERS_VERBOSITY"] = "error"
 
-from app.freezing.config import Rule, match_names
+import torch
+
+from app.freezing.config import FreezeConfig, Rule, split_names
 from app.freezing.errors import InvalidDocument
 from app.freezing.trace import trace_model
 from app.sources.hub import load_library
@@ -26,12 +30,8 @@ from app.sources.spec import ModelSpec
 def list_models() -> Iterator[str]:
     """Transformers' model types, and what timm and torchvision list where they import."""
     transformers = load_library("transformers")
-    for kind in transformers.CONFIG_MAPPING:
-        try:
-            has_model = transformers.CONFIG_MAPPING[kind] in transformers.AutoModel._model_mapping
-        except Exception:  # a part that needs a library of its own
-            has_model = True
-        if has_model:
+    for kind, config in transformers.CONFIG_MAPPING.items():
+        if has_model(transformers, config):
             yield f"hf:{kind}"
     for library in ("timm", "torchvision.models"):
         try:
@@ -42,18 +42,55 @@ def list_models() -> Iterator[str]:
             yield from (f"{library.partition('.')[0]}:{name}" for name in names)
 
 
-def try_model(uri: str) -> tuple[str, str, float]:
-    """(how far it came: none, tree or graph; why no further; seconds)."""
-    started = time.perf_counter()
-    spec = ModelSpec(uri, random_init=True)
+def has_model(transformers: Any, config: type) -> bool:
+    """Whether a type has a base model at all; some are a part or a tokenizer alone."""
     try:
-        built = build_model(spec, code_dirs=[], weightless=True)
+        return config in transformers.AutoModel._model_mapping
+    except Exception:  # a part that needs a library of its own
+        return True
+
+
+def build_plainly(uri: str) -> Any:
+    """The model as its library's own documentation has it built, on the meta device."""
+    scheme, _, name = uri.partition(":")
+    with torch.device("meta"):
+        if scheme == "hf":
+            transformers = load_library("transformers")
+            config = transformers.CONFIG_MAPPING[name]()
+            return transformers.AutoModel.from_config(config)
+        if scheme == "timm":
+            return load_library("timm").create_model(name, pretrained=False)
+        return load_library("torchvision.models").get_model(name, weights=None)
+
+
+def try_model(uri: str) -> tuple[str, str, float]:
+    """(how far it came: graph, tree, failed or unbuildable; why no further; seconds)."""
+    started = time.perf_counter()
+    try:
+        built = build_model(ModelSpec(uri, random_init=True), code_dirs=[], weightless=True)
+        graph = trace_model(built.model, built.example)
     except Exception as error:  # the point is to name every one
-        return "none", f"{type(error).__name__}: {error!s:.200}", time.perf_counter() - started
-    graph = trace_model(built.model, built.example)
-    assert len(match_names(Rule("freeze", "**"), graph)) == graph.tensor_count
-    far = "tree" if graph.traced_by == "none" else "graph"
-    return far, graph.trace_note[:200], time.perf_counter() - started
+        why, seconds = f"{type(error).__name__}: {error!s:.200}", time.perf_counter() - started
+        try:
+            build_plainly(uri)
+        except Exception as plain:
+            return "unbuildable", f"{type(plain).__name__}: {plain!s:.200}", seconds
+        return "failed", why, seconds
+    seconds = time.perf_counter() - started
+    names = {parameter.name for parameter in graph.parameters}
+    frozen, trainable = split_names(FreezeConfig(rules=(Rule("freeze", "**"),)), graph)
+    if trainable or set(frozen) != names:
+        return "failed", f"rules leave {len(trainable)} of {len(names)} tensors", seconds
+    try:
+        plain = build_plainly(uri)
+    except Exception:  # ours built it where the plain way does not
+        plain = None
+    if plain is not None:
+        expected = sum(parameter.numel() for parameter in plain.parameters())
+        if graph.parameter_count != expected:
+            why = f"{graph.parameter_count:,} parameters, the library has {expected:,}"
+            return "failed", why, seconds
+    return "tree" if graph.traced_by == "none" else "graph", graph.trace_note[:200], seconds
 
 
 def main(names: Iterable[str] = ()) -> None:
@@ -61,16 +98,24 @@ def main(names: Iterable[str] = ()) -> None:
     logging.disable(logging.CRITICAL)  # torch logs every failed meta function at length
     results = {}
     for uri in names or list_models():
-        far, why, _ = results[uri] = try_model(uri)
+        far, why, seconds = results[uri] = try_model(uri)
         if far != "graph":
-            print(f"{far:5} {uri}: {' '.join(why.split())}", flush=True)
-    counts = {
-        far: sum(result[0] == far for result in results.values()) for far in ("tree", "graph")
-    }
-    seconds = statistics.median(result[2] for result in results.values())
+            print(f"{far:11} {uri} ({seconds:.1f} s): {' '.join(why.split())}", flush=True)
+    for scheme in ("hf", "timm", "torchvision"):
+        report(scheme, [result for uri, result in results.items() if uri.startswith(f"{scheme}:")])
+
+
+def report(scheme: str, results: list[tuple[str, str, float]]) -> None:
+    counted = [result for result in results if result[0] != "unbuildable"]
+    if not counted:
+        return
+    shown = [result for result in counted if result[0] != "failed"]
+    graphs = sum(result[0] == "graph" for result in shown)
     print(
-        f"{len(results)} models: {counts['tree'] + counts['graph']} show their tree, "
-        f"{counts['graph']} of them with a graph; {seconds:.2f} s at the median"
+        f"{scheme}: {len(results)} models, {len(results) - len(counted)} of which their library "
+        f"itself cannot build from the default configuration. Of the other {len(counted)}, "
+        f"{len(shown)} ({len(shown) / len(counted):.1%}) show tree, counts and rules, {graphs} of "
+        f"them the backward graph; {statistics.median(r[2] for r in counted):.2f} s at the median."
     )
 
 

@@ -1,6 +1,6 @@
 // The workbench: ticks, rules and presets go to the server one after another; rules, plan and tree follow the answer.
 import { isTyping, singleKeysAct } from "./keys.js";
-import { applyStates, startTree } from "./tree.js";
+import { startTree } from "./tree.js";
 
 const TYPING_MS = 250;
 
@@ -8,6 +8,7 @@ export function startWorkbench(form) {
   const model = form.dataset.model;
   const home = form.getAttribute("action");
   const answer = () => document.getElementById("answer");
+  const main = form.querySelector(".workbench-main");
   const undo = form.querySelector("[data-undo]");
   const redo = form.querySelector("[data-redo]");
   const tree = startTree(form, { rows, tick, opened });
@@ -16,37 +17,46 @@ export function startWorkbench(form) {
   // ---- one request at a time: each is made from the form that the one before it left behind
   let last = Promise.resolve();
   function ask(extra, { remember = true } = {}) {
-    last = last.then(async () => {
+    const mine = last.then(async () => {
       const body = new URLSearchParams(new FormData(form));
+      body.set("seen", answer().dataset.address);
       for (const [name, value] of Object.entries(extra)) body.set(name, value);
       try {
-        const response = await fetch(`${home}/plan`, { method: "POST", body });
-        if (!response.ok) throw new Error(await refusal(response));
-        show(await response.text());
+        const states = show(await (await send(`${home}/plan`, { method: "POST", body })).text());
         if (remember) push();
+        return states;
       } catch (error) {
         complain(error);
+        return null;
       }
     });
-    return last;
+    last = mine;
+    return mine;
+  }
+
+  async function send(url, options) {
+    const response = await fetch(url, options).catch(() => {
+      throw new Error("The server does not answer. What you see is as it was; try again in a moment.");
+    });
+    if (!response.ok) throw new Error(await refusal(response));
+    return response;
   }
 
   function show(html) {
     // Somebody may be typing in a rule: what has the focus keeps its value.
     Idiomorph.morph(answer(), html, { morphStyle: "outerHTML", ignoreActiveValue: true });
     htmx.process(answer());
-    applyStates(form, JSON.parse(answer().dataset.states));
-    form.querySelector(".workbench-main > .notice")?.remove();
+    const states = JSON.parse(answer().dataset.states);
+    tree.paint(states);
+    main.querySelector(":scope > .notice")?.remove();
+    return states;
   }
 
   function complain(error) {
-    const notice = document.createElement("div");
-    notice.className = "notice bad";
+    main.querySelector(":scope > .notice")?.remove();
+    const notice = Object.assign(document.createElement("div"), { className: "notice bad", textContent: error.message });
     notice.setAttribute("role", "alert");
-    notice.textContent = error.message;
-    form.querySelector(".workbench-main > .notice")?.remove();
-    form.querySelector(".workbench-main").prepend(notice);
-    applyStates(form, JSON.parse(answer().dataset.states));
+    main.prepend(notice);
   }
 
   // ---- the address is the state; undo and redo walk the browser's own history
@@ -73,10 +83,12 @@ export function startWorkbench(form) {
   redo.addEventListener("click", () => last.then(() => history.forward()));
   window.addEventListener("popstate", () => {
     last = last.then(async () => {
-      const page = new DOMParser().parseFromString(await (await fetch(location.href)).text(), "text/html");
+      const page = new DOMParser().parseFromString(await (await send(location.href)).text(), "text/html");
       show(page.getElementById("answer").outerHTML);
+      tree.replaceRows(page.querySelector(".rows").innerHTML);
+      openField.value = tree.openIndices().join(",");
       marks();
-    });
+    }).catch(complain);
   });
 
   // ---- what the tree asks for
@@ -84,9 +96,12 @@ export function startWorkbench(form) {
     const params = new URLSearchParams(answer().dataset.address);
     for (const [name, value] of Object.entries(query)) params.set(name, value);
     if (!("search" in query)) params.delete("search");
-    const response = await fetch(`${home}/rows?${params}`);
-    if (!response.ok) throw new Error(await refusal(response));
-    return response.text();
+    try {
+      return await (await send(`${home}/rows?${params}`)).text();
+    } catch (error) {
+      complain(error);
+      return "";
+    }
   }
   function tick(path, freeze) {
     return ask({ tick: `${freeze ? "freeze" : "unfreeze"}:${path}` });
@@ -119,16 +134,44 @@ export function startWorkbench(form) {
   let timer = 0;
   form.addEventListener("input", (event) => {
     const { name } = event.target;
-    if (name !== "rule_text" && !name.startsWith("train.")) return;
+    if (name !== "rule_text" && !/^(train|assume)\./.test(name)) return;
     clearTimeout(timer);
     timer = setTimeout(() => ask({ add_text: "" }, { remember: !event.target.matches(":focus") }), TYPING_MS);
   });
   form.addEventListener("change", (event) => {
-    if (!/^(rule_|mechanism|norm_statistics|dropout|train\.)/.test(event.target.name)) return;
+    if (!/^(rule_|phase_|group_|mechanism|norm_statistics|dropout|train\.|assume\.)/.test(event.target.name)) return;
     clearTimeout(timer);
     ask({ add_text: "" });
   });
 
+  // ---- the first steps, hidden once and for all
+  const guide = document.querySelector("[data-guide]");
+  guide?.querySelector("[data-guide-hide]").addEventListener("click", () => {
+    document.cookie = "frostline-guide=hidden; path=/; max-age=31536000; samesite=lax";
+    guide.remove();
+  });
+
+  // ---- a search as a rule
+  form.querySelector("[data-as-rule]").addEventListener("click", () => {
+    const text = form.elements.search.value.trim();
+    const field = form.elements.add_text;
+    field.value = /[*?{]|^(re|has):|^type=/.test(text) ? text : `has:${text}`;
+    field.focus();
+    htmx.trigger(field, "input");
+  });
+
+  // ---- keys
+  form.addEventListener("keydown", (event) => {
+    const rule = event.altKey && event.target.closest(".rule:not(.add)");
+    if (!rule || !["ArrowUp", "ArrowDown"].includes(event.key)) return;
+    event.preventDefault();
+    const rules = [...rule.parentElement.children];
+    const at = rules.indexOf(rule) + (event.key === "ArrowDown" ? 1 : 0);
+    if (at < 1 || at >= rules.length) return;
+    const to = at - (event.key === "ArrowUp" ? 1 : 0);
+    document.activeElement.blur();
+    ask({ up: `rule:${at}`, add_text: "" }).then(() => form.querySelectorAll('[name="rule_text"]')[to]?.focus());
+  });
   document.addEventListener("keydown", (event) => {
     const typing = isTyping(event.target);
     if (event.key === "/" && !typing && singleKeysAct()) {

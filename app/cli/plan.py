@@ -1,9 +1,9 @@
 """Verbs on freeze configs: plan, verify."""
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -17,7 +17,10 @@ from app.cli.given import (
     find_model,
     read_config,
     read_json_file,
+    read_spec,
 )
+from app.cli.mechanisms import print_comparison, run_comparison
+from app.cli.outline import count, draw_tree, grow_tree, size
 from app.cli.verb import verb
 from app.client import Failure, server_for
 
@@ -34,81 +37,112 @@ def plan(
     config: ConfigFile = None,
     freeze: Freeze = None,
     unfreeze: Unfreeze = None,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="Assume this batch.")] = None,
+    sequence_length: Annotated[int | None, typer.Option(min=1, help="Assume this length.")] = None,
+    image_size: Annotated[int | None, typer.Option(min=1, help="Assume these images.")] = None,
+    optimizer: Annotated[Literal["sgd", "adam", "adamw"] | None, typer.Option()] = None,
+    precision: Annotated[Literal["fp32", "bf16", "fp16"] | None, typer.Option()] = None,
+    all_: Annotated[bool, typer.Option("--all", help="Fold no repeated blocks.")] = False,
+    compare_mechanisms: Annotated[
+        bool,
+        typer.Option("--compare-mechanisms", help="Train a few steps under each mechanism."),
+    ] = False,
+    dataset: Annotated[
+        str | None, typer.Option(help="For the comparison; else the model's own example.")
+    ] = None,
+    steps: Annotated[int, typer.Option(min=2, max=100, help="Steps of the comparison.")] = 5,
     json_: Json = False,
 ) -> None:
-    """What a freeze config does to a model: flow states and cost. Nothing is trained."""
+    """What a freeze config does to a model: flow states and cost. Nothing is trained.
+
+    With --compare-mechanisms a worker trains a copy for a few steps under each of the four
+    mechanisms and tells them apart: gradients, memory, time, and what moves.
+    """
     document = read_config(config, context.obj, freeze, unfreeze)
+    assumed = {
+        "batch_size": batch_size,
+        "sequence_length": sequence_length,
+        "image_size": image_size,
+        "optimizer": optimizer,
+        "precision": precision,
+    }
+    assume = {name: value for name, value in assumed.items() if value is not None}
     with server_for(settings) as server:
         model_id = find_model(server, model)["id"]
-        result = server.call("POST", f"/api/models/{model_id}/plan", document)
+        if compare_mechanisms:
+            training = {k: v for k, v in assume.items() if k in ("optimizer", "batch_size")}
+            wanted = {**document, "training": {**training, "max_steps": steps}}
+            if dataset is not None:
+                wanted["dataset"] = read_spec(dataset)
+            found = run_comparison(server, model_id, wanted)
+            if json_:
+                print(json.dumps(found))
+            else:
+                print_comparison(found)
+            return
+        result = server.call("POST", f"/api/models/{model_id}/plan", {**document, "assume": assume})
         if json_:
             print(json.dumps(result))
         else:
-            _print_plan(server.call("GET", f"/api/models/{model_id}/tree"), result)
+            print_plan(server.call("GET", f"/api/models/{model_id}/tree"), result, all_)
 
 
-def _print_plan(tree: Document, result: Document) -> None:
+def print_plan(tree: Document, result: Document, show_all: bool = False) -> None:
+    """The tree with its frost line, the cost against training everything, and the findings."""
     from rich.console import Console
-    from rich.text import Text
-    from rich.tree import Tree
 
-    console = Console(highlight=False)
-    layers = {layer["path"]: layer for layer in result["layers"]}
-    nodes: dict[str, Tree] = {}
-    for module in tree["modules"]:
-        path, name = module["path"], module["path"].rpartition(".")[2]
-        label = Text(name or "model", style="bold").append(f"  {module['type']}", style="dim")
-        if path in layers:
-            layer = layers[path]
-            numel = layer["frozen_numel"] + layer["trainable_numel"]
-            glyph, style = FLOW_GLYPHS[layer["flow"]]
-            label.append(f"  {glyph} {layer['flow']}", style=style).append(f"  {numel:,}")
-        parent = nodes.get(path.rpartition(".")[0]) if path else None
-        nodes[path] = parent.add(label) if parent else Tree(label)
-    if "" in nodes:
-        console.print(nodes[""])
-    for line in _cost_lines(result, layers.values()):
-        console.print(line)
-    for warning in result["warnings"]:
-        console.print(f"! {warning['message']}", style="yellow")
+    console = Console(highlight=False, soft_wrap=True)
+    for row in draw_tree(grow_tree(tree, result), show_all):
+        console.print(row)
+    console.print()
+    for line in _cost_lines(result):
+        console.print(line, markup=False)
+    for finding in result["warnings"]:
+        names = finding["names"]
+        more = f", and {len(names) - NAMES_SHOWN} more" if len(names) > NAMES_SHOWN else ""
+        listed = f" ({', '.join(names[:NAMES_SHOWN])}{more})" if names else ""
+        words = f"! {finding['message']}{listed} [{finding['code']}]"
+        console.print(words, style="yellow", markup=False)
 
 
-FLOW_GLYPHS = {
-    "trained": ("●", "dark_orange"),
-    "unreached": ("○", "dim"),
-    "passes": ("←", "cyan"),
-    "idle": ("❄", "bright_cyan"),
-}
+NAMES_SHOWN = 5
 
 
-def _cost_lines(result: Document, layers: Iterable[Document]) -> Iterator[str]:
-    frozen = trainable = 0
-    for layer in layers:
-        frozen += layer["frozen_numel"]
-        trainable += layer["trainable_numel"]
+def _cost_lines(result: Document) -> Iterator[str]:
+    cost, full = result["cost"], result["cost"]["full"]
+    frozen = sum(layer["frozen_numel"] for layer in result["layers"])
+    trainable = sum(layer["trainable_numel"] for layer in result["layers"])
     share = 100 * trainable / max(frozen + trainable, 1)
+    tensors = len(result["frozen"]), len(result["frozen"]) + len(result["trainable"])
     yield (
         f"{trainable:,} of {frozen + trainable:,} parameters are trained ({share:.1f} %); "
-        f"{len(result['frozen'])} of {len(result['frozen']) + len(result['trainable'])} "
-        "tensors are frozen"
+        f"{tensors[0]} of {tensors[1]} tensors are frozen"
     )
-    cost, full = result["cost"], result["cost"].get("full") or {}
-    for key, words in COSTS.items():
+    yield f"{'':<20}{'this freeze':>14}{'everything':>14}"
+    for key, words, show in COSTS:
         now, then = cost.get(key), full.get(key)
-        if now is not None:
-            against = f"  ({100 * now / then:.0f} % of training everything)" if then else ""
-            yield f"{words:<24}{now:>20,}{against}"
+        if now is not None and then is not None:
+            against = f"{100 * now / then:>8.0f} %" if then else ""
+            yield f"{words:<20}{show(now):>14}{show(then):>14}{against}"
     if cost.get("speedup_bound") is not None:
-        yield f"at most {cost['speedup_bound']:.2f} times as fast"
+        yield f"at most {cost['speedup_bound']:.2f} times as fast, by FLOPs"
+    if cost.get("predicted_step_ms") is not None:
+        yield f"a step is predicted to take {cost['predicted_step_ms']:.3g} ms"
+    for device, fits in cost["fits"].items():
+        yield f"the peak {'fits' if fits else 'DOES NOT FIT'} the memory of {device}"
+    known = {k.replace("_", " "): v for k, v in cost["assumed"].items() if v is not None}
+    yield "assumed: " + ", ".join(f"{k} {v}" for k, v in known.items() if not isinstance(v, dict))
 
 
-COSTS = {
-    "step_flops": "FLOPs in a step",
-    "gradient_bytes": "gradients, bytes",
-    "optimizer_bytes": "optimizer state, bytes",
-    "activation_bytes": "saved activations, bytes",
-    "peak_bytes": "peak memory, bytes",
-}
+COSTS: tuple[tuple[str, str, Callable[[float], str]], ...] = (
+    ("forward_flops", "forward, FLOPs", count),
+    ("backward_flops", "backward, FLOPs", count),
+    ("step_flops", "step, FLOPs", count),
+    ("gradient_bytes", "gradients", size),
+    ("optimizer_bytes", "optimizer state", size),
+    ("activation_bytes", "saved activations", size),
+    ("peak_bytes", "peak memory", size),
+)
 
 
 @verb

@@ -411,13 +411,10 @@ def expand_rules(config: FreezeConfig, graph: ModelGraph) -> dict[str, bool]:
     The last rule that matches any name of a parameter decides; one that no rule matches stays as
     the model came; one that is not floating point is always frozen.
     """
-    frozen = {p.name: not p.requires_grad for p in graph.parameters}
+    frozen = graph.came_frozen.copy()
     for rule in config.rules:
-        for name in match_names(rule, graph):
-            frozen[name] = rule.freezes
-    for parameter in graph.parameters:
-        if not parameter.floating:
-            frozen[parameter.name] = True
+        frozen.update(dict.fromkeys(match_names(rule, graph), rule.freezes))
+    frozen.update(dict.fromkeys(graph.not_floating, True))
     return frozen
 
 

@@ -15,9 +15,13 @@ class InvalidDocument(ValueError):
     def __init__(self, errors: Iterable[tuple[str, str]]) -> None:
         self.errors = tuple(errors)
         assert self.errors, "an InvalidDocument names at least one fault"
-        super().__init__(" ".join(message for _, message in self.errors))
+        told = [message for _, message in self.errors[:MAX_TOLD]]
+        if more := len(self.errors) - len(told):
+            told.append(f"{more} more fault{'s' * (more > 1)} of this kind.")
+        super().__init__(" ".join(told))
 
 
+MAX_TOLD = 5  # faults that str() puts into words; `errors` has them all
 MAX_SHOWN = 100  # characters of what came that a message repeats
 MAX_FAULTS = 100  # a document of nothing but unknown keys gets no longer answer
 

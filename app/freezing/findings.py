@@ -80,8 +80,7 @@ def _unreached(
     graph: ModelGraph, config: FreezeConfig, frozen: Mapping[str, bool]
 ) -> Iterator[Finding]:
     if graph.nodes:
-        reached = {node.parameter for node in graph.nodes}
-        names = tuple(n for n, is_frozen in frozen.items() if not is_frozen and n not in reached)
+        names = tuple(n for n in graph.unreached if not frozen[n])
         if names:
             yield Finding(
                 "unreached",
@@ -94,8 +93,7 @@ def _unreached(
 def _tied_across_rules(
     graph: ModelGraph, config: FreezeConfig, frozen: Mapping[str, bool]
 ) -> Iterator[Finding]:
-    tied = [p for p in graph.parameters if p.shared_with]
-    for parameter in tied:
+    for parameter in graph.tied:
         last: dict[str, bool] = {}
         for rule in config.rules:
             matches = _names_matched(rule.match)
@@ -158,7 +156,7 @@ def _modules_that_move(
         below = [n for n in graph.canonical_names if n.startswith(f"{module.path}.")]
         return bool(below) and all(frozen[graph.canonical_names[n]] for n in below)
 
-    renormed = [m for m in graph.modules if m.facts.get("max_norm") is not None and is_frozen(m)]
+    renormed = [m for m in graph.with_facts if m.facts.get("max_norm") is not None and is_frozen(m)]
     if renormed:
         yield Finding(
             "max_norm",
@@ -166,7 +164,7 @@ def _modules_that_move(
             "Remove max_norm to hold it still.",
             tuple(m.path for m in renormed),
         )
-    spectral = [m for m in graph.modules if m.facts.get("spectral_norm") and is_frozen(m)]
+    spectral = [m for m in graph.with_facts if m.facts.get("spectral_norm") and is_frozen(m)]
     if spectral:
         yield Finding(
             "spectral_norm",
@@ -175,7 +173,7 @@ def _modules_that_move(
             tuple(m.path for m in spectral),
         )
     if config.dropout == "keep":
-        dropouts = [m.path for m in graph.modules if m.facts.get("dropout")]
+        dropouts = [m.path for m in graph.with_facts if m.facts.get("dropout")]
         held = held_norms(dropouts, frozen)
         if held:
             yield Finding(
@@ -189,7 +187,7 @@ def _modules_that_move(
 def _not_floating(
     graph: ModelGraph, config: FreezeConfig, frozen: Mapping[str, bool]
 ) -> Iterator[Finding]:
-    names = tuple(p.name for p in graph.parameters if not p.floating)
+    names = graph.not_floating
     if names:
         yield Finding(
             "not_floating",

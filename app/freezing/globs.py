@@ -18,6 +18,8 @@ if re2 is not None:
 MAX_EXPANSIONS = 100_000
 MAX_LENGTH = 10_000
 
+_RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
+_BROKEN_RANGE = re.compile(r"\{[^{},]*\.\.[^{},]*\}")  # no name has two dots side by side
 _SEGMENT = r"[^.]+"
 _BELOW = r"(?:\.[^.]+)*"  # any number of further segments
 
@@ -106,11 +108,13 @@ def _translate_glob(glob: str) -> str:
             else:
                 parts.append(_SEGMENT + _BELOW)
             continue
-        span = re.compile(r"\{(\d+)\.\.(\d+)\}").match(glob, at)
+        span = _RANGE.match(glob, at)
         if span:
             parts.append(_number_range(span[1], span[2]))
             counts[-1][-1] *= abs(int(span[1]) - int(span[2])) + 1
             at = span.end()
+        elif _BROKEN_RANGE.match(glob, at):
+            raise ValueError(f"{_short(glob)} has a range that is none; {{0..7}} is one.")
         else:
             parts.append(_translate_character(char, counts, glob))
             at += 1

@@ -9,6 +9,8 @@ from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from typing import Any
 
+from app.freezing.walk import Walk
+
 FORMAT = 1
 
 
@@ -86,6 +88,7 @@ class Node:
             derived from them (``1 + weight``).
         saved: (storage index, bytes, edges) of each tensor it saves; kept for backward where one of
             the edges is live, where any is for an empty tuple.
+        gradient_bytes: size of the gradients that come into it, which are those of its results.
     """
 
     name: str
@@ -97,6 +100,7 @@ class Node:
     node_flops: int = 0
     from_parameters: bool = False
     saved: tuple[tuple[int, int, tuple[int, ...]], ...] = ()
+    gradient_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -181,6 +185,47 @@ class ModelGraph:
                 child = parent
         depth_first = sorted(below, key=lambda path: path.count(".") + bool(path), reverse=True)
         return tuple((path, tuple(below[path])) for path in depth_first)
+
+    @cached_property
+    def walk(self) -> Walk:
+        """The graph gathered for planning; made once."""
+        return Walk(self)
+
+    @cached_property
+    def full_costs(self) -> dict[Any, dict[str, Any]]:
+        """What training everything costs, by what is assumed: a plan shows it beside its own."""
+        return {}
+
+    @cached_property
+    def came_frozen(self) -> dict[str, bool]:
+        """First name of every parameter → whether the model came with it frozen."""
+        return {p.name: not p.requires_grad for p in self.parameters}
+
+    @cached_property
+    def not_floating(self) -> tuple[str, ...]:
+        """Parameters that cannot carry a gradient."""
+        return tuple(p.name for p in self.parameters if not p.floating)
+
+    @cached_property
+    def unreached(self) -> tuple[str, ...]:
+        """Floating parameters on which the loss does not depend, everything trainable."""
+        reached = zip(self.parameters, self.walk.is_reached, strict=True)
+        return tuple(p.name for p, is_reached in reached if p.floating and not is_reached)
+
+    @cached_property
+    def tied(self) -> tuple[Parameter, ...]:
+        return tuple(p for p in self.parameters if p.shared_with)
+
+    @cached_property
+    def with_facts(self) -> tuple[Module, ...]:
+        """Modules of whose type something is to be told."""
+        return tuple(module for module in self.modules if module.facts)
+
+    @cached_property
+    def resting_bytes(self) -> int:
+        """Bytes of all parameters and buffers."""
+        buffers = sum(b.numel * _itemsize(b.dtype) for m in self.modules for b in m.buffers)
+        return sum(p.nbytes for p in self.parameters) + buffers
 
     @cached_property
     def matches(self) -> dict[tuple[str | None, str | None], frozenset[str]]:
@@ -290,6 +335,11 @@ class ModelGraph:
         )
 
 
+def _itemsize(dtype: str) -> int:
+    digits = "".join(c for c in dtype if c.isdigit())[:3]
+    return max(1, int(digits or 8) // 8) if dtype != "bool" else 1
+
+
 def _with_tuples(item: Mapping[str, Any], *keys: str) -> dict[str, Any]:
     return {**item, **{key: tuple(item[key]) for key in keys}}
 
@@ -300,6 +350,6 @@ def _read_module(item: Mapping[str, Any]) -> Module:
 
 
 def _read_node(item: list[Any]) -> Node:
-    values = dict(zip(Node.__slots__, item, strict=True))
+    values = dict(zip(Node.__slots__, item, strict=False))  # an older graph has fewer
     saved = tuple((storage, size, tuple(edges)) for storage, size, edges in values["saved"])
     return Node(**{**_with_tuples(values, "inputs", "edge_flops"), "saved": saved})

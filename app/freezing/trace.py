@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.nn.modules.batchnorm import _NormBase
-from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
@@ -21,12 +22,24 @@ from app.freezing.graph import Buffer, ModelGraph, Module, Node, Parameter
 
 Loss = Callable[[Any, Any], torch.Tensor]
 
-# CPU flash attention has no formula in torch's registry.
+
+def _rnn_flops(x: torch.Tensor, weights: Iterable[torch.Tensor]) -> int:
+    """One product a step with each matrix; x is (steps, batch, features) either way round."""
+    steps = x.numel() // x.shape[-1]
+    return 2 * steps * sum(w.numel() for w in weights if w.dim() == 2)
+
+
+# What torch's registry has no formula for: CPU flash attention, grouped products, fused RNN layers.
 _FLOPS: dict[Any, Callable[..., int]] = {
     **flop_registry,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: (
         sdpa_flop_count(q.shape, k.shape, v.shape)
     ),
+    torch.ops.aten._grouped_mm: lambda a, b, *_, **__: (
+        2 * a.numel() * b.shape[-1] // (a.shape[0] if a.dim() > b.dim() else 1)
+    ),
+    torch.ops.aten.mkldnn_rnn_layer: lambda x, *weights, **__: _rnn_flops(x, weights[:2]),
+    torch.ops.aten._cudnn_rnn: lambda x, weights, *_, **__: _rnn_flops(x, weights),
 }
 # For matrix products and convolutions: which edges cost as much as the forward when they are live.
 _COSTLY_EDGES = {
@@ -35,6 +48,7 @@ _COSTLY_EDGES = {
     "BmmBackward0": (0, 1),
     "BaddbmmBackward0": (1, 2),
     "ConvolutionBackward0": (0, 1),
+    "GroupedMmBackward0": (0, 1),
 }
 # Tensors that a node saves only where another operand's gradient is wanted: attribute → edges.
 _SAVED_FOR: dict[str, dict[str, tuple[int, ...]]] = {
@@ -269,14 +283,15 @@ def _trace_nodes(
         packs = torch.autograd.graph.saved_tensors_hooks(recorder.note_saved, lambda tensor: tensor)
         with spans, packs, recorder:
             output = call_model(model, example)
-            value = _scalar_loss(output, example, loss)
+            value = scalar_loss(output, example, loss)
         if value.grad_fn is None:
             raise ValueError("the loss does not depend on any parameter")
         nodes = _read_nodes(model, value, spans, recorder, {_storage_key(t) for t in resting})
         return nodes, recorder.forward_flops
 
 
-def _scalar_loss(output: Any, example: Any, loss: Loss | None) -> torch.Tensor:
+def scalar_loss(output: Any, example: Any, loss: Loss | None) -> torch.Tensor:
+    """The loss that a plan is made for, where no targets are known."""
     if loss is not None:
         return loss(output, example)
     if isinstance(getattr(output, "loss", None), torch.Tensor):
@@ -306,10 +321,12 @@ class _Spans:
         self.closed: list[tuple[int, int, int, str]] = []  # depth, start, end, path
 
     def __enter__(self) -> _Spans:
-        self.handles = (
-            register_module_forward_pre_hook(self._enter_module),
-            register_module_forward_hook(self._leave_module, always_call=True),
-        )
+        # Global hooks run before a module's own, so that what its hooks do is inside its call.
+        self.handles = [register_module_forward_pre_hook(self._enter_module)]
+        self.handles += [
+            module.register_forward_hook(self._leave_module, always_call=True)
+            for module in self.paths
+        ]
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -363,9 +380,7 @@ class _Recorder(TorchDispatchMode):
         # makes none, nor does what runs under no_grad or inside a Python autograd function.
         number = _sequence_number() - 1
         made_node, self.newest = number != self.newest, number
-        formula = _FLOPS.get(func._overloadpacket)
-        if formula is not None:
-            flops = int(formula(*args, **kwargs, out_val=result))
+        if flops := _flops_of(func, args, kwargs, result):
             self.forward_flops += flops
             counted = self.flops if made_node else self.inner_flops
             counted[number] = counted.get(number, 0) + flops
@@ -402,8 +417,10 @@ def _read_nodes(
             continue
         number, kind = grad_fn._sequence_nr(), grad_fn.name()
         flops = recorder.flops.get(number, 0)
+        whole = 0 if kind in _COSTLY_EDGES else _whole_node_flops(kind, flops)
         if isinstance(grad_fn, torch.autograd.function.BackwardCFunction):
             flops += recorder.inner_flops.get(number, 0)
+            whole = _custom_backward_flops(grad_fn, flops)
         edges = _COSTLY_EDGES.get(kind)
         nodes.append(
             Node(
@@ -414,11 +431,12 @@ def _read_nodes(
                 edge_flops=tuple(flops if e in edges else 0 for e in range(len(inputs)))
                 if edges and flops
                 else (),
-                node_flops=0 if edges else _whole_node_flops(kind, flops),
+                node_flops=whole,
                 from_parameters=recorder.from_parameters.get(number, False),
                 saved=_read_saved(grad_fn, kind, resting, storages)
                 if number in recorder.saving
                 else (),
+                gradient_bytes=sum(map(_result_bytes, grad_fn._input_metadata)),
             )
         )
     return tuple(nodes)
@@ -427,6 +445,43 @@ def _read_nodes(
 def _whole_node_flops(kind: str, flops: int) -> int:
     """Attention's backward is five products to the forward's two; anything else two to one."""
     return flops * 5 // 2 if "ScaledDotProduct" in kind else flops * 2
+
+
+def _result_bytes(result: Any) -> int:
+    return 0 if result.is_nested_tensor else math.prod(result.shape) * result.dtype.itemsize
+
+
+def _custom_backward_flops(grad_fn: Any, forward_flops: int) -> int:
+    """What a Python autograd function's backward costs: it is run, alone, on zeros."""
+    gradients = [
+        torch.zeros(given.shape, dtype=given.dtype, device=given.device)
+        for given in grad_fn._input_metadata
+    ]
+    counter = _Counter()
+    try:
+        with torch.no_grad(), counter:
+            grad_fn.apply(*gradients)
+    except Exception:  # user code that looks at values, or wants its gradients otherwise
+        return 2 * forward_flops
+    return counter.flops
+
+
+class _Counter(TorchDispatchMode):
+    """FLOPs of whatever runs."""
+
+    flops = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        self.flops += _flops_of(func, args, kwargs or {}, result)
+        return result
+
+
+def _flops_of(func: Any, args: Any, kwargs: Mapping[str, Any], result: Any) -> int:
+    formula = _FLOPS.get(func._overloadpacket)
+    return 0 if formula is None else int(formula(*args, **kwargs, out_val=result))
 
 
 def _in_order(root: Any) -> Iterator[Any]:

@@ -21,6 +21,7 @@ logger = logging.getLogger(__name__)
 EXIT_SECONDS = 2.0  # between the end of a worker and the keeper's word about it
 START_SECONDS = 60.0  # between the start of a process and its taking the attempt's lock
 RECONNECT_SECONDS = 5.0
+DEVICE = "FROSTLINE_DEVICE"  # the device's name as users know it, told to the worker
 LOOK_SECONDS = 2.0  # between two looks at what costs more than a glance
 
 
@@ -168,7 +169,11 @@ class Processes:
 def environment_of(device: Device) -> dict[str, str]:
     """Variables that show a process one device alone."""
     # By bus, as the driver numbers them: CUDA's own order puts the fastest first.
-    return {"CUDA_DEVICE_ORDER": "PCI_BUS_ID", "CUDA_VISIBLE_DEVICES": device.visible}
+    return {
+        "CUDA_DEVICE_ORDER": "PCI_BUS_ID",
+        "CUDA_VISIBLE_DEVICES": device.visible,
+        DEVICE: device.id,
+    }
 
 
 def is_held_still(pid: int | None) -> bool:

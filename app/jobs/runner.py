@@ -13,6 +13,7 @@ from app.jobs import folder as job_folder
 from app.jobs.attendance import Attendance
 from app.jobs.devices import Device, find_devices
 from app.jobs.processes import Keeper, Processes
+from app.jobs.rebuild import Cards, read_unread
 from app.jobs.tasks import Tasks
 from app.jobs.usage import measure_device
 from app.settings import Settings
@@ -54,6 +55,8 @@ class Runner:
         self._jobs = Attendance(settings, db, self._processes)
         self._tasks = Tasks(settings, db, self._processes)
         self._troubles: dict[str, str] = {}
+        self._cards = Cards(settings, db)
+        self._has_caught_up = False
         self._last_tick: float | None = None
         self._busy: dict[str, list[int]] = {}
         self._busy_tasks = 0
@@ -88,6 +91,8 @@ class Runner:
             now: seconds on a monotonic clock.
         """
         self._forgive_absence(now)
+        if not self._has_caught_up:  # a database that was rebuilt: before anything is added
+            self._guarded("what was recorded before", self._catch_up)
         with self._db.read() as session:
             live = jobs.live_attempts(session)
             tasks = catalog.tasks_in(session, "running", "stopping")
@@ -99,8 +104,13 @@ class Runner:
         is_ready = self._processes.reach(now)
         self._restart_what_is_due(now)
         started = self._start_queued(now, is_ready)
+        self._guarded("the cards in the job folders", self._cards.keep)
         self._count_busy()
         return bool(live or tasks or started or not is_ready)
+
+    def _catch_up(self) -> None:
+        read_unread(self._db, self._settings.data_dir)
+        self._has_caught_up = True
 
     def _guarded(
         self,

@@ -11,6 +11,7 @@ from app.jobs import folder as job_folder
 from app.jobs.devices import Device
 from app.jobs.endings import Ending, explain_start, judge, read_end
 from app.jobs.processes import Processes, Watch, environment_of, is_held_still, written_files
+from app.jobs.rebuild import keep_model_card
 from app.settings import Settings
 from app.store import catalog, files
 from app.store.db import Database
@@ -115,6 +116,7 @@ class Tasks:
             row = session.get_one(Task, task.id)
             model = session.get(Model, task.model_id)
             if row.state == "running" and model is not None:
+                keep_model_card(self._settings.data_dir, model)
                 found.replace(path)
                 model.state, model.fingerprint = "ready", graph.fingerprint
                 model.weights_digest = document.get("weights_digest")

@@ -28,12 +28,14 @@ from app.jobs import BRIEF_SPIN
 from app.jobs import folder as job_folder
 from app.jobs.folder import Wish, WishReader
 from app.jobs.spool import SpoolWriter
+from app.numbers import name_non_finite
 from app.training.places import checkpoint_path, checkpoint_steps
 
 LOG_BYTES = 10 * 2**20
 SIGN_SECONDS = 1.0  # between two signs of life of the loop
 TRACEBACK_BYTES = 64 * 2**10
 MESSAGE_CHARACTERS = 1000
+KINDS = ("train", "evaluate", "inspect", "preview", "mechanisms")
 SMALL_MODEL_BYTES = 2 * 2**30
 
 
@@ -124,7 +126,7 @@ def _choose_attempt(folder: Path, number: int | None) -> Path:
 def _run(
     folder: Path, directory: Path, facts: Mapping[str, Any], report: "Report", wishes: "Wishes"
 ) -> tuple[str, int]:
-    """Read the spec, load what it names, then inspect, preview, evaluate or train it.
+    """Read the spec, load what it names, then inspect, preview, try, evaluate or train it.
 
     Returns:
         The outcome and the step at which it came.
@@ -138,7 +140,8 @@ def _run(
     code_dirs, file_dirs = ([Path(path) for path in spec[name]] for name in _FOLDER_LISTS)
     model_spec = parse_model_spec(spec["model"], code_dirs=code_dirs, file_dirs=file_dirs)
     is_inspection, is_preview = (spec["kind"] == kind for kind in ("inspect", "preview"))
-    if not is_inspection:
+    has_data = "dataset" in spec and not is_inspection
+    if has_data:
         data_spec = parse_dataset_spec(spec["dataset"], code_dirs=code_dirs, file_dirs=file_dirs)
     config = parse_config(spec.get("config", {}))
     recipe = parse_recipe(spec.get("training", {}))
@@ -186,10 +189,19 @@ def _run(
     from app.sources.datasets import build_data
     from app.training import loop
 
-    data = build_data(data_spec, code_dirs=code_dirs, seed=recipe.seed, intake=built.intake)
     device = facts["device"]
     if device == "auto":  # started by hand: nobody has chosen one
         device = "cuda:0" if torch.cuda.is_available() else "cpu"
+    data = None
+    if has_data:
+        data = build_data(data_spec, code_dirs=code_dirs, seed=recipe.seed, intake=built.intake)
+    if spec["kind"] == "mechanisms":
+        from app.training.trial import try_mechanisms
+
+        found = try_mechanisms(built, data, config, recipe, device)
+        job_folder.write_document(directory / job_folder.FOUND, name_non_finite(found))
+        return "succeeded", 0
+    assert data is not None
     wishes.loaded()
     if spec["kind"] == "evaluate":
         end = loop.evaluate(built, data, recipe, device=device, emit=report, wishes=wishes)
@@ -233,10 +245,10 @@ def _read_spec(folder: Path) -> dict[str, Any]:
         spec = job_folder.read_spec(folder)
     except ValueError as error:
         raise InvalidDocument([("", f"The job's spec.json cannot be read: {error}")]) from error
-    if spec.get("kind") not in ("train", "evaluate", "inspect", "preview"):
-        message = f"'kind' is {spec.get('kind')!r}; it must be train, evaluate, inspect or preview."
+    if spec.get("kind") not in KINDS:
+        message = f"'kind' is {spec.get('kind')!r}; it must be one of {', '.join(KINDS)}."
         raise InvalidDocument([("kind", message)])
-    needed = ("model",) if spec["kind"] == "inspect" else ("model", "dataset")
+    needed = ("model",) if spec["kind"] in ("inspect", "mechanisms") else ("model", "dataset")
     if missing := [(name, f"The spec has no {name!r}.") for name in needed if name not in spec]:
         raise InvalidDocument(missing)
     return {**dict.fromkeys(_FOLDER_LISTS, ()), **spec}

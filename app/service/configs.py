@@ -14,7 +14,7 @@ from app.freezing.config import (
     differing_names,
     parse_config,
 )
-from app.freezing.errors import InvalidDocument
+from app.freezing.errors import InvalidDocument, show_value
 from app.freezing.export import config_as_python
 from app.freezing.presets import adopt_names
 from app.service.documents import (
@@ -97,7 +97,7 @@ class Configs(Models):
             config = parse_config(members(row, drop=CONFIG_ROW_MEMBERS))
             text = config_as_python(config, self.read_graph(row["model_id"]))
             return f"{re.sub(r'[^A-Za-z0-9_]', '_', stem)}.py", "text/x-python", text
-        raise InvalidDocument([("as", f"{as_!r} is not a form; 'json' and 'python' are.")])
+        raise InvalidDocument([("as", f"{show_value(as_)} may be 'json' or 'python'.")])
 
     def import_config(
         self, model_id: int, doc: Mapping[str, Any], accept: str | None = None
@@ -109,7 +109,7 @@ class Configs(Models):
                 ``rules`` or ``names``; None raises a Conflict that has the names as `differing`.
         """
         if accept not in (None, "rules", "names"):
-            raise InvalidDocument([("accept", f"{accept!r} may be 'rules' or 'names'.")])
+            raise InvalidDocument([("accept", f"{show_value(accept)} may be 'rules' or 'names'.")])
         config = parse_config(members(doc, drop=CONFIG_ROW_MEMBERS))
         graph = self.read_graph(model_id)
         differing = differing_names(config, graph)

@@ -1,6 +1,5 @@
 """Documents: what the service takes and gives, in the contract's shapes. It changes no row."""
 
-import difflib
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -9,7 +8,7 @@ from typing import Any, TypeGuard, TypeVar
 
 from sqlmodel import Session
 
-from app.freezing.errors import InvalidDocument
+from app.freezing.errors import MAX_FAULTS, InvalidDocument, describe_unknown
 from app.store import catalog, jobs
 from app.store.tables import Attempt, FreezeConfigRow, Job, Model, Task
 
@@ -86,12 +85,10 @@ def members(doc: Any, drop: Iterable[str] = ()) -> Document:
 
 def check_members(doc: Any, known: Iterable[str], field: str = "") -> None:
     known = tuple(known)
-    unknown = [str(key) for key in members(doc) if key not in known]
-    if unknown:
-        nearest = (difflib.get_close_matches(key, known, n=1, cutoff=0)[0] for key in unknown)
+    if unknown := [str(key) for key in members(doc) if key not in known]:
         raise InvalidDocument(
-            (f"{field}.{key}".lstrip("."), f"{key!r} is not known here; the nearest is {near!r}.")
-            for key, near in zip(unknown, nearest, strict=True)
+            (f"{field}.{key}".lstrip("."), describe_unknown(key, known, "known here"))
+            for key in unknown[:MAX_FAULTS]
         )
 
 
@@ -180,6 +177,10 @@ def shorten_config(document: Document) -> Document:
     return {**members(document, drop=("frozen", "trainable")), **counts}
 
 
+def _percent(part_ms: float | None, whole_ms: float | None) -> float | None:
+    return round(100 * part_ms / whole_ms, 2) if part_ms is not None and whole_ms else None
+
+
 def job_document(session: Session, job: Job) -> Document:
     return job_documents(session, [job])[0]
 
@@ -231,6 +232,7 @@ def _describe_job(job: Job, attempt: Attempt | None, position: int | None) -> Do
         "epoch": job.epoch,
         "eta_seconds": eta,
         "step_ms": job.step_ms,
+        "measure_percent": _percent(job.measure_ms, job.step_ms),
         "error": error_document(job),
         "worker_pid": attempt.pid if attempt is not None and is_live else None,
         "attempt": job.attempt,

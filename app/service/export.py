@@ -4,14 +4,13 @@ import csv
 import io
 import json
 from collections.abc import Iterator
-from itertools import islice
 from typing import Any
 
 from app.service.documents import Document
 from app.store import samples
+from app.store.charts import mark
 from app.store.db import Database
 
-ROWS_A_PIECE = 5_000
 COLUMNS = ("step", "layer", "name", "value")
 
 
@@ -33,11 +32,14 @@ def export_json(db: Database, job_id: int, document: Document) -> Iterator[bytes
     yield b"\n]}\n"
 
 
-def _pieces(db: Database, job_id: int) -> Iterator[list[tuple[Any, ...]]]:
-    with db.read() as session:
-        rows = samples.iterate_samples(session, job_id)
-        while piece := list(islice(rows, ROWS_A_PIECE)):
-            yield piece
+def _pieces(db: Database, job_id: int) -> Iterator[list[tuple[int, str, str, Any]]]:
+    """Rows as `COLUMNS`; the layer of a metric is ""."""
+    for column in samples.iterate_columns(db.read, job_id):
+        layer, name = column.layer or "", column.name
+        yield [
+            (step, layer, name, value)
+            for step, value in zip(column.steps, mark(column.values), strict=True)
+        ]
 
 
 def _quote(text: str) -> str:

@@ -44,6 +44,13 @@ class Ground:
     def _folder(self, job_id: int) -> Path:
         return files.job_folder(self._settings.data_dir, job_id)
 
+    def _last_words(self, task_id: int) -> str | None:
+        """The last line that a task's worker printed: how far a download is, for example."""
+        folder = files.task_folder(self._settings.data_dir, task_id)
+        tail = files.read_logs(folder, max(0, files.log_size(folder) - 2_000))
+        lines = tail.decode(errors="replace").replace("\r", "\n").split("\n")
+        return next((line.strip()[:200] for line in reversed(lines) if line.strip()), None)
+
     def _dirs(self) -> dict[str, tuple[Path, ...]]:
         return {"code_dirs": self._settings.code_dirs, "file_dirs": self._settings.file_dirs}
 

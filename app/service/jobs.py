@@ -8,7 +8,7 @@ from sqlmodel import Session
 from app.freezing.config import (
     parse_config,
 )
-from app.freezing.errors import InvalidDocument
+from app.freezing.errors import InvalidDocument, show_value
 from app.service.configs import Configs
 from app.service.documents import (
     CONFIG_ROW_MEMBERS,
@@ -53,7 +53,9 @@ class Jobs(Configs):
             check_members(doc, JOB_MEMBERS)
         kind = doc.get("kind", "train")
         if kind not in ("train", "evaluate"):
-            errors.append(("kind", f"{kind!r} is not a kind of job; 'train' and 'evaluate' are."))
+            errors.append(
+                ("kind", f"{show_value(kind)} is not a kind of job; 'train' and 'evaluate' are.")
+            )
         with collecting(errors):
             given = {**read_texts(doc), **read_numbers(doc)}
         with collecting(errors):
@@ -168,7 +170,8 @@ class Jobs(Configs):
 
         self._db.write(delete)
         files.remove_folder(self._folder(job_id))
-        self._db.write(jobs.give_space_back)
+        while self._db.write(jobs.delete_leftovers):
+            pass
 
     def stop_job(self, job_id: int) -> Document:
         """End a job after its current step, with a checkpoint."""
@@ -194,7 +197,9 @@ class Jobs(Configs):
     def pause_job(self, job_id: int, mode: str = "hold") -> Document:
         """Let a job rest: ``hold`` keeps its model loaded, ``release`` frees the device."""
         if mode not in ("hold", "release"):
-            raise InvalidDocument([("mode", f"{mode!r} is not a mode; 'hold' and 'release' are.")])
+            raise InvalidDocument(
+                [("mode", f"{show_value(mode)} is not a mode; 'hold' and 'release' are.")]
+            )
 
         def pause(session: Session) -> Document:
             job = find_row(session, Job, job_id)

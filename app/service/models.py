@@ -1,16 +1,17 @@
 """Verbs on models: have one inspected, read its tree, plan a freeze config on it."""
 
+import json
 from collections.abc import Mapping
+from dataclasses import asdict
 from functools import lru_cache
 from typing import Any
 
 from sqlmodel import Session
 
-from app.freezing.config import (
-    parse_config,
-)
+from app.freezing.assume import parse_assumption
+from app.freezing.config import config_document, parse_config
 from app.freezing.graph import ModelGraph
-from app.freezing.plan import parse_assumption, plan_config
+from app.freezing.plan import plan_config
 from app.jobs import folder as job_folder
 from app.service.documents import (
     CONFIG_ROW_MEMBERS,
@@ -35,6 +36,8 @@ class Models(Ground):
         super().__init__(settings, db, runner_status)
         # A graph never changes once it is there, and ids are never given twice.
         self._load_graph = lru_cache(maxsize=4)(self._load_graph_uncached)
+        # The rows that somebody opens next are of the plan that was just made.
+        self._plan = lru_cache(maxsize=4)(self._plan_uncached)
 
     def add_model(self, doc: Mapping[str, Any]) -> Document:
         """Take a model spec and have it inspected."""
@@ -60,19 +63,25 @@ class Models(Ground):
 
     def get_model(self, model_id: int) -> Document:
         with self._db.read() as session:
-            return model_document(session, find_row(session, Model, model_id))
+            document = model_document(session, find_row(session, Model, model_id))
+        is_waiting = document["state"] == "inspecting" and document["task_id"] is not None
+        return document | {
+            "progress": self._last_words(document["task_id"]) if is_waiting else None
+        }
 
     def delete_model(self, model_id: int) -> None:
         """Remove a model that no job uses, with its saved configs and its inspection."""
 
         def delete(session: Session) -> Task | None:
             model = find_row(session, Model, model_id)
-            count = catalog.count_jobs_of_model(session, model_id)
-            if count:
+            used = catalog.jobs_of_model(session, model_id)
+            if used:
+                many = len(used) > 1
                 raise Conflict(
-                    f"Model {model_id} is used by {count} job{'s' * (count > 1)}; delete "
-                    f"{'them' if count > 1 else 'it'} first.",
+                    f"Model {model_id} is used by {len(used)} job{'s' * many}; delete "
+                    f"{'them' if many else 'it'} first.",
                     state=model.state,
+                    jobs=used,
                 )
             task = catalog.task_of_model(session, model_id)
             if task is not None and task.state in ("queued", "running"):
@@ -82,7 +91,8 @@ class Models(Ground):
             return task
 
         task = self._db.write(delete)
-        files.graph_path(self._settings.data_dir, model_id).unlink(missing_ok=True)
+        for path in (files.graph_path, files.model_card_path):
+            path(self._settings.data_dir, model_id).unlink(missing_ok=True)
         if task is not None and task.state == "stopping":
             self._runner.wake()
         elif task is not None and task.id is not None:
@@ -110,8 +120,17 @@ class Models(Ground):
         return ModelGraph.from_document(document)
 
     def make_plan(self, model_id: int, doc: Mapping[str, Any]) -> Document:
-        graph = self.read_graph(model_id)
         document = members(doc, drop=("assume", *CONFIG_ROW_MEMBERS))
         config, assume = parse_config(document), parse_assumption(doc.get("assume"))
-        memory = {device["id"]: device["bytes"] for device in self._runner.devices()}
-        return plan_config(graph, config, assume, memory).document()
+        memory = tuple((device["id"], device["bytes"]) for device in self._runner.devices())
+        asked = json.dumps([config_document(config), asdict(assume)], sort_keys=True)
+        self.read_graph(model_id)  # refuses what is not ready, plan or no plan
+        return self._plan(model_id, asked, memory)
+
+    def _plan_uncached(
+        self, model_id: int, asked: str, memory: tuple[tuple[str, int], ...]
+    ) -> Document:
+        config, assume = json.loads(asked)
+        graph = self._load_graph(model_id)
+        plan = plan_config(graph, parse_config(config), parse_assumption(assume), dict(memory))
+        return plan.document()

@@ -10,7 +10,7 @@ from typing import Any
 from sqlmodel import Session
 
 from app.service.documents import Document, job_documents
-from app.store import files, jobs, samples
+from app.store import charts, files, jobs, samples
 from app.store.tables import Job, Proof
 
 Event = tuple[str, Any, str]
@@ -75,7 +75,7 @@ def read_job_news(session: Session, job: Job, folder: Path, place: Place) -> Ite
         yield "metrics", series, str(place)
 
     layers = samples.read_layers(session, job.id)
-    portion = max(1, min(STEPS_A_CALL, samples.MAX_CELLS // max(1, len(layers))))
+    portion = max(1, min(STEPS_A_CALL, charts.MAX_CELLS // max(1, len(layers))))
     # From the beginning only the last of them: whoever wants all of a long job reads the route.
     span = samples.find_steps(session, job.id, place.step, portion, newest=place.step < 0)
     if span is not None:
@@ -118,7 +118,7 @@ def _read_layers(
 ) -> Iterator[Document]:
     everywhere = range(len(layers))
     for stat in ("grad_norm", "update_norm", "weight_norm"):
-        steps, values = samples.read_matrix(
+        steps, values = charts.read_matrix(
             session, job_id, stat, everywhere, first=first, last=last
         )
         yield {"stat": stat, "layers": layers, "steps": steps, "values": values}

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from sqlmodel import Session
 
-from app.freezing.errors import InvalidDocument
+from app.freezing.errors import InvalidDocument, show_value
 from app.freezing.globs import compile_match
 from app.jobs import folder as job_folder
 from app.service.documents import (
@@ -20,7 +20,7 @@ from app.service.documents import (
 from app.service.export import export_csv, export_json
 from app.service.jobs import Jobs
 from app.service.news import Event, Place, find_end, read_all_news, read_job_news
-from app.store import files, jobs, samples
+from app.store import charts, files, jobs, samples
 from app.store.tables import Job, Proof
 from app.training.places import checkpoint_path, checkpoint_steps
 
@@ -38,7 +38,7 @@ class Records(Jobs):
     ) -> Document:
         with self._db.read() as session:
             find_row(session, Job, job_id)
-            return dict(samples.read_series(session, job_id, name, points, from_, to))
+            return dict(charts.read_series(session, job_id, name, points, from_, to))
 
     def read_layers(
         self,
@@ -50,11 +50,15 @@ class Records(Jobs):
         match: str | None = None,
         reduce: str = "max",
     ) -> Document:
-        if stat not in samples.STATS:
-            choices = ", ".join(samples.STATS)
-            raise InvalidDocument([("stat", f"{stat!r} is not a measure; {choices} are.")])
-        if reduce not in samples.REDUCTIONS:
-            raise InvalidDocument([("reduce", f"{reduce!r} may be 'max', 'min' or 'last'.")])
+        if stat not in charts.STATS:
+            choices = ", ".join(charts.STATS)
+            raise InvalidDocument(
+                [("stat", f"{show_value(stat)} is not a measure; {choices} are.")]
+            )
+        if reduce not in charts.REDUCTIONS:
+            raise InvalidDocument(
+                [("reduce", f"{show_value(reduce)} may be 'max', 'min' or 'last'.")]
+            )
         try:
             is_wanted = compile_match(match) if match else lambda _: True
         except ValueError as error:
@@ -63,7 +67,7 @@ class Records(Jobs):
             find_row(session, Job, job_id)
             layers = samples.read_layers(session, job_id)
             positions = [index for index, path in enumerate(layers) if is_wanted(path)]
-            steps, values = samples.read_matrix(
+            steps, values = charts.read_matrix(
                 session, job_id, stat, positions, points, from_, to, reduce
             )
         return {"layers": [layers[i] for i in positions], "steps": steps, "values": values}
@@ -129,7 +133,12 @@ class Records(Jobs):
             pieces = export_json(self._db, job_id, document)
             return f"job-{job_id}.json", "application/json", pieces
         raise InvalidDocument(
-            [("format", f"{format!r} is not a format of this version; 'csv' and 'json' are.")]
+            [
+                (
+                    "format",
+                    f"{show_value(format)} is not a format of this version; 'csv' and 'json' are.",
+                )
+            ]
         )
 
     @property

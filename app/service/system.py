@@ -46,6 +46,7 @@ class System(Ground):
             "model_id": task.model_id,
             "state": task.state,
             "error": error_document(task),
+            "progress": None if task.ended_at else self._last_words(task_id),
             "result": found and members(found, drop=("format",)),
             "created_at": task.created_at,
             "started_at": task.started_at,

@@ -6,6 +6,7 @@ import contextlib
 import importlib
 import inspect
 import os
+import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -55,12 +56,43 @@ def load_library(name: str) -> Any:
     try:
         return importlib.import_module(name)
     except Exception as error:  # a build for another torch raises RuntimeError, not ImportError
-        reason = "is not installed" if isinstance(error, ModuleNotFoundError) else "does not import"
-        first_line = next(iter(str(error).splitlines()), "")[:200]
-        raise refuse_answer(
-            f"{name} {reason} in the worker's Python ({type(error).__name__}: {first_line}); "
-            f"install it there with: pip install {name}"
-        ) from error
+        raise refuse_answer(_explain_import(name.partition(".")[0], error)) from error
+
+
+def _explain_import(name: str, error: Exception) -> str:
+    missing = error.name if isinstance(error, ModuleNotFoundError) else None
+    if missing and missing.partition(".")[0] == name:
+        return f"{name} is not installed in the worker's Python; install it with: {_pip(name)}"
+    causes = _chain(error)
+    broken = "torchvision" if any("torchvision" in str(cause) for cause in causes) else name
+    return (
+        f"{name} is installed but does not import ({_first_line(causes[-1])}); it may be a build "
+        f"for another torch than {torch.__version__}. Install the one that fits: {_pip(broken)}"
+    )
+
+
+def _pip(name: str) -> str:
+    """The command that installs a library into the worker's Python, torchvision to fit its torch.
+
+    Since torch 2.0 and torchvision 0.15 the two count their minor versions side by side.
+    """
+    version, _, build = torch.__version__.partition("+")
+    major, minor = version.split(".")[:2]
+    if name == "torchvision" and major == "2":
+        name = f"'torchvision==0.{int(minor) + 15}.*'"
+        if build:
+            name += (
+                f" --force-reinstall --no-deps --index-url https://download.pytorch.org/whl/{build}"
+            )
+    return f"{sys.executable} -m pip install {name}"
+
+
+def _chain(error: BaseException) -> list[BaseException]:
+    """An error and what caused it, the first cause last."""
+    chain = [error]
+    while (link := chain[-1].__cause__ or chain[-1].__context__) and link not in chain:
+        chain.append(link)
+    return chain
 
 
 def build_without_weights(model: nn.Module) -> nn.Module:
@@ -150,6 +182,8 @@ def _read_config(transformers: Any, name: str, spec: ModelSpec) -> Any:
         config = transformers.AutoConfig.from_pretrained(
             name, revision=spec.revision, trust_remote_code=False
         )
+    if config.architectures is None:
+        config.architectures = []  # iterated over where several classes serve one configuration
     unknown = [key for key in spec.kwargs if not hasattr(config, key)]
     if unknown:
         raise refuse_answer(
@@ -221,10 +255,7 @@ def _in_words(name: str, spec: ModelSpec) -> Iterator[None]:
 
 
 def _explain(name: str, spec: ModelSpec, error: Exception) -> str:
-    causes, link = [], error
-    while link is not None and link not in causes:
-        causes.append(link)
-        link = link.__cause__ or link.__context__  # type: ignore[assignment]
+    causes = _chain(error)
     kinds = {type(cause).__name__ for cause in causes}
     text = " ".join(str(cause) for cause in causes)
     where = f"{name} at revision {spec.revision}" if spec.revision else name
@@ -255,7 +286,7 @@ def _explain(name: str, spec: ModelSpec, error: Exception) -> str:
     return f"{where} cannot be loaded: {_first_line(error)}"
 
 
-def _first_line(error: Exception) -> str:
+def _first_line(error: BaseException) -> str:
     line = next((line.strip() for line in str(error).splitlines() if line.strip()), "no reason")
     return f"{type(error).__name__}: {line[:300]}"
 

@@ -236,7 +236,7 @@ def _read_weights(path: Path, allow_pickle: bool) -> dict[str, Tensor]:
     except (OSError, ValueError, LookupError, TypeError, AttributeError, EOFError, RuntimeError,
             SafetensorError, pickle.UnpicklingError) as error:  # fmt: skip
         raise refuse_answer(
-            f"{path.name} cannot be read as weights: {error!s:.300}", "weights"
+            f"{path.name} cannot be read as weights: {error!s:.300}.", "weights"
         ) from error
     answer = answer.get("state_dict", answer) if isinstance(answer, Mapping) else answer
     if not isinstance(answer, Mapping) or not all(

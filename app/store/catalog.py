@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import TypeVar
 
-from sqlmodel import Session, col, delete, func, select
+from sqlmodel import Session, col, delete, select
 
 from app.store.tables import FreezeConfigRow, Job, Login, Model, Task, utc_now
 
@@ -64,8 +64,10 @@ def drop_tasks(session: Session, kind: str, keep: int) -> list[int]:
     return [task.id for task in old if task.id is not None]
 
 
-def count_jobs_of_model(session: Session, model_id: int) -> int:
-    return session.exec(select(func.count()).select_from(Job).where(Job.model_id == model_id)).one()
+def jobs_of_model(session: Session, model_id: int) -> list[int]:
+    """The ids of the jobs that use a model, oldest first."""
+    query = select(Job.id).where(Job.model_id == model_id).order_by(col(Job.id))
+    return [job_id for job_id in session.exec(query) if job_id is not None]
 
 
 def delete_model(session: Session, model: Model) -> None:

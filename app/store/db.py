@@ -7,13 +7,15 @@ import sqlite3
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
 from sqlalchemy import Engine, create_engine, event
 from sqlalchemy.exc import DBAPIError
 from sqlmodel import Session
+
+from app.store import rollups
 
 T = TypeVar("T")
 
@@ -65,7 +67,7 @@ class Database:
         try:
             result = self._thread.submit(self._commit, change).result()
         except DBAPIError as error:
-            raise _in_words(error, self.path) from error
+            raise self._in_words(error) from error
         return result
 
     def _commit(self, change: Callable[[Session], T]) -> T:
@@ -83,8 +85,30 @@ class Database:
     @contextmanager
     def read(self) -> Iterator[Session]:
         """A session that sees one moment of the database and cannot write."""
-        with Session(self._readers, expire_on_commit=False) as session:
-            yield session
+        try:
+            with Session(self._readers, expire_on_commit=False) as session:
+                yield session
+        except DBAPIError as error:
+            raise self._in_words(error) from error
+
+    def _in_words(self, error: DBAPIError) -> Exception:
+        """What a full disk or a damaged file makes SQLite say, as an error of ours; else the same.
+
+        Damage is noted beside the file, so that the next start mends it.
+        """
+        said = str(error.orig)
+        has_room = shutil.disk_usage(self.path.parent).free > 0
+        if "disk is full" in said or ("disk I/O error" in said and not has_room):
+            message = f"The disk of {self.path} is full, so nothing was stored"
+            return DatabaseFull(errno.ENOSPC, message)
+        if any(words in said for words in DAMAGE):
+            with suppress(OSError):
+                self.path.with_name(f"{self.path.name}.is-damaged").write_text(said, "utf-8")
+            return DatabaseDamaged(
+                f"{self.path} is damaged ({said}). Restart the server: it sets the file aside and "
+                "rebuilds jobs and metrics from their folders."
+            )
+        return error
 
     def wait_for_change(self, last: int, timeout: float) -> int:
         """Block until the version differs from `last`, `timeout` seconds at most; the version."""
@@ -112,21 +136,6 @@ class Database:
         self._thread.shutdown()
         self._readers.dispose()
         self._writer.dispose()
-
-
-def _in_words(error: DBAPIError, path: Path) -> Exception:
-    """What a full disk or a damaged file makes SQLite say, as an error of ours; else the same."""
-    said = str(error.orig)
-    if "disk is full" in said or (
-        "disk I/O error" in said and not shutil.disk_usage(path.parent).free
-    ):
-        return DatabaseFull(errno.ENOSPC, f"The disk of {path} is full, so nothing was stored")
-    if any(words in said for words in DAMAGE):
-        return DatabaseDamaged(
-            f"{path} is damaged ({said}). Restart the server: it sets the file aside and rebuilds "
-            "jobs and metrics from their folders."
-        )
-    return error
 
 
 def _wake(future: asyncio.Future[None]) -> None:
@@ -195,6 +204,8 @@ def upgrade_schema(path: Path, schema: str = "head") -> None:
     with engine.begin() as connection:
         config.attributes["connection"] = connection
         command.upgrade(config, schema)
+        if current is not None and schema == "head":
+            rollups.rebuild(connection)
     engine.dispose()
 
 

@@ -7,7 +7,7 @@ from sqlalchemy import text, update
 from sqlalchemy.orm import defer
 from sqlmodel import Session, col, delete, select
 
-from app.store.tables import Attempt, Job, Layer, LayerStat, Metric, Proof, utc_now
+from app.store.tables import Attempt, Job, Layer, Proof, Series, utc_now
 
 TRANSITIONS: Mapping[str, frozenset[str]] = {
     "queued": frozenset({"starting", "stopped"}),
@@ -213,11 +213,49 @@ def _come_to(session: Session, job: Job, state: str, **changes: Any) -> None:
 
 
 def delete_job(session: Session, job: Job) -> None:
-    """Remove a job's rows and give the space back to the file system."""
-    for table in (LayerStat, Layer, Metric, Proof, Attempt):
+    """Remove a job from every list and view; `delete_leftovers` then removes what it recorded."""
+    for table in (Layer, Series, Proof, Attempt):
         session.exec(delete(table).where(col(table.job_id) == job.id))
     session.delete(job)
     session.flush()
+
+
+def delete_leftovers(session: Session, limit: int = 100_000) -> bool:
+    """Remove up to so many rows of jobs that are gone, and give their space back.
+
+    A job of millions of rows is removed in portions, so that others are written in between; what a
+    crash leaves is found by the next call.
+
+    Returns:
+        Whether there may be more.
+    """
+    connection = session.connection()
+    for table, key, columns, owner in _RECORDED:
+        # One look-up a job: the next larger key, again and again.
+        found = connection.exec_driver_sql(
+            f"""WITH RECURSIVE owned(id) AS (SELECT min({key}) FROM {table} UNION ALL
+                SELECT (SELECT min({key}) FROM {table} WHERE {key} > id) FROM owned
+                WHERE id IS NOT NULL)
+                SELECT min(id) FROM owned WHERE id NOT IN (SELECT id FROM {owner})"""  # noqa: S608
+        ).scalar_one()
+        if found is not None:
+            connection.exec_driver_sql(
+                f"DELETE FROM {table} WHERE ({columns}) IN"  # noqa: S608
+                f" (SELECT {columns} FROM {table} WHERE {key} = ? LIMIT ?)",
+                (found, limit),
+            )
+            give_space_back(session)
+            return True
+    give_space_back(session)
+    return False
+
+
+_RECORDED = (
+    ("layer_stat", "job_id", "job_id, position, step", "job"),
+    ("layer_rollup", "job_id", "job_id, width, position, block", "job"),
+    ("metric", "series_id", "series_id, step", "series"),
+    ("metric_rollup", "series_id", "series_id, width, block", "series"),
+)
 
 
 def give_space_back(session: Session) -> None:

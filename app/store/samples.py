@@ -1,32 +1,20 @@
-"""Samples: what a job measured, from its spool into rows, and from rows into series and matrices.
+"""Samples: what a job measured, from its spool into rows, and what is new in them or all of it.
 
 NaN is kept as the text 'NaN', since SQLite would turn it into NULL; as a text it is greater than
-every number, so that a maximum shows it. What leaves here for JSON has "NaN", "Infinity" and
-"-Infinity" in the place of numbers that JSON lacks.
+every number, so that a maximum shows it.
 """
 
-import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 from sqlalchemy import Connection, text
 from sqlmodel import Session, col, select
 
-from app.store import jobs
+from app.store import jobs, rollups
+from app.store.charts import mark_one
 from app.store.tables import Attempt, Job, Layer, Proof, utc_now
-
-STATS: Mapping[str, str] = {
-    "grad_norm": "grad_norm",
-    "update_norm": "update_norm",
-    "weight_norm": "weight_norm",
-    # A text divides as 0 and infinity by itself as NULL: both are NaN.
-    "update_ratio": """CASE
-        WHEN update_norm IS NULL OR weight_norm IS NULL OR weight_norm = 0 THEN NULL
-        WHEN typeof(update_norm) = 'text' OR typeof(weight_norm) = 'text' THEN 'NaN'
-        ELSE coalesce(update_norm / weight_norm, 'NaN') END""",
-}
-REDUCTIONS = ("max", "min", "last")
-MAX_CELLS = 1_000_000
 
 
 class Record(Protocol):
@@ -55,7 +43,7 @@ def ingest(
     new = [record for record in records if record.sequence > attempt.sequence]
     connection = session.connection()
     assert job.id is not None
-    metrics: list[tuple[int, str, int, Any]] = []
+    metrics: list[tuple[str, int, Any]] = []
     layers: list[tuple[Any, ...]] = []
     progress: dict[str, Any] = {}
     for record in new:
@@ -66,15 +54,15 @@ def ingest(
             case "metrics":
                 step = payload["step"]
                 metrics += [
-                    (job.id, name, step, _storable(value))
-                    for name, value in payload["values"].items()
+                    (name, step, _storable(value)) for name, value in payload["values"].items()
                 ]
                 # Without a duration it is no completed step: an evaluation, or a loss that is not
                 # a number and that the optimizer did not take.
                 if payload.get("step_ms") is not None:
-                    before = progress.get("step_ms", job.step_ms)
                     progress |= {"step": step, "epoch": payload["epoch"]}
-                    progress["step_ms"] = _smooth(before, payload["step_ms"])
+                    for name in ("step_ms", "measure_ms"):
+                        before = progress.get(name, getattr(job, name))
+                        progress[name] = _smooth(before, payload.get(name))
             case "layers":
                 layers.append(
                     (
@@ -91,29 +79,42 @@ def ingest(
                 progress |= _follow_edit(job, attempt, progress, payload)
             case "state":
                 _acknowledge(session, job, payload["state"])
-    _insert_metrics(connection, metrics)
-    _insert_layers(connection, job.id, layers)
+    _insert_metrics(connection, job.id, metrics)
+    _insert_layers(connection, job, layers)
     attempt.spool_offset = offset
     if new:
         attempt.sequence = new[-1].sequence
+        jobs.update_job(session, job, **progress)  # a new version is the signal to read
     session.add(attempt)
-    if progress:
-        jobs.update_job(session, job, **progress)
     session.flush()
 
 
 def _begin(session: Session, job_id: int, payload: Mapping[str, Any]) -> dict[str, Any]:
     """What an attempt says first. What older ones recorded after its first step is superseded."""
     connection = session.connection()
-    for table in ("metric", "layer_stat"):
-        connection.execute(
-            text(f"DELETE FROM {table} WHERE job_id = :job AND step > :step"),  # noqa: S608
-            {"job": job_id, "step": payload["step"]},
+    step, layers = payload["step"], payload["layers"]
+    estimated = payload.get("estimated", [False] * len(layers))
+    connection.exec_driver_sql(
+        "DELETE FROM layer_stat WHERE job_id = :job AND step > :step"
+        " AND position IN (SELECT position FROM layer WHERE job_id = :job)",
+        {"job": job_id, "step": step},
+    )
+    connection.exec_driver_sql(
+        "DELETE FROM metric WHERE series_id IN (SELECT id FROM series WHERE job_id = :job)"
+        " AND step > :step",
+        {"job": job_id, "step": step},
+    )
+    rollups.take_back(connection, job_id, step)
+    if layers:
+        connection.exec_driver_sql(
+            "INSERT INTO layer (job_id, position, path, estimated, unreached)"
+            " VALUES (?, ?, ?, ?, 0) ON CONFLICT (job_id, position) DO UPDATE"
+            " SET path = excluded.path, estimated = excluded.estimated, unreached = 0, lost = NULL",
+            [(job_id, i, *one) for i, one in enumerate(zip(layers, estimated, strict=True))],
         )
-    for position, path in enumerate(payload["layers"]):
-        session.merge(Layer(job_id=job_id, position=position, path=path))
     known = ("total_steps", "step", "device_name", "device_bytes", "train_size", "warnings")
-    return {key: payload[key] for key in known if key in payload} | {"step_ms": None}
+    told = {key: payload[key] for key in known if key in payload}
+    return told | {"step_ms": None, "measure_ms": None}
 
 
 def _acknowledge(session: Session, job: Job, state: str) -> None:
@@ -142,8 +143,10 @@ def _follow_edit(
     }
 
 
-def _smooth(before: float | None, now: float) -> float:
-    return now if before is None else 0.9 * before + 0.1 * now
+def _smooth(before: float | None, now: float | None) -> float | None:
+    if before is None or now is None:
+        return before if now is None else now
+    return 0.9 * before + 0.1 * now
 
 
 def _storable(value: float | None) -> Any:
@@ -154,143 +157,50 @@ def _storables(values: Iterable[float | None]) -> list[Any]:
     return ["NaN" if value != value else value for value in values]
 
 
-def _insert_metrics(connection: Connection, rows: list[tuple[int, str, int, Any]]) -> None:
-    if rows:
-        connection.exec_driver_sql(
-            "INSERT INTO metric (job_id, name, step, value) VALUES (?, ?, ?, ?)"
-            " ON CONFLICT (job_id, name, step) DO UPDATE SET value = excluded.value",
-            rows,
-        )
+def _insert_metrics(
+    connection: Connection, job_id: int, rows: Sequence[tuple[str, int, Any]]
+) -> None:
+    if not rows:
+        return
+    connection.exec_driver_sql(
+        "INSERT INTO series (job_id, name) VALUES (?, ?) ON CONFLICT DO NOTHING",
+        [(job_id, name) for name in dict.fromkeys(name for name, _, _ in rows)],
+    )
+    listed = connection.exec_driver_sql("SELECT name, id FROM series WHERE job_id = ?", (job_id,))
+    ids: dict[str, int] = dict(tuple(row) for row in listed)
+    before = max(_last_step(connection, f"metric WHERE series_id = {i:d}") for i in ids.values())
+    connection.exec_driver_sql(
+        "INSERT INTO metric (series_id, step, value) VALUES (?, ?, ?)"
+        " ON CONFLICT (series_id, step) DO UPDATE SET value = excluded.value",
+        [(ids[name], step, value) for name, step, value in rows],
+    )
+    rollups.extend_metrics(connection, job_id, before, rows[-1][1])
 
 
-def _insert_layers(connection: Connection, job_id: int, columns: list[tuple[Any, ...]]) -> None:
+def _insert_layers(connection: Connection, job: Job, columns: Sequence[tuple[Any, ...]]) -> None:
     """Insert layer by layer, which is the order of the table's tree."""
-    if columns:
-        count = len(columns[0][1])
-        rows = [
-            (job_id, position, step, grad[position], update[position], weight[position])
-            for position in range(count)
+    if not columns:
+        return
+    assert job.id is not None
+    before = _last_step(connection, f"layer_stat WHERE job_id = {job.id:d} AND position = 0")
+    connection.exec_driver_sql(
+        "INSERT OR REPLACE INTO layer_stat VALUES (?, ?, ?, ?, ?, ?)",
+        [
+            (job.id, position, step, grad[position], update[position], weight[position])
+            for position in range(len(columns[0][1]))
             for step, grad, update, weight in columns
-        ]
-        connection.exec_driver_sql(
-            "INSERT OR REPLACE INTO layer_stat VALUES (?, ?, ?, ?, ?, ?)", rows
-        )
+        ],
+    )
+    stats_every = job.spec.get("training", {}).get("stats_every", 1)
+    rollups.extend_layers(connection, job.id, before, columns[-1][0], stats_every)
+
+
+def _last_step(connection: Connection, owned: str) -> int:
+    query = f"SELECT coalesce(max(step), 0) FROM {owned}"
+    return int(connection.exec_driver_sql(query).scalar_one())
 
 
 # ------------------------------------------------------------------------------------------ reading
-
-
-def read_series(
-    session: Session,
-    job_id: int,
-    name: str | None = None,
-    points: int | None = None,
-    first: int | None = None,
-    last: int | None = None,
-) -> dict[str, dict[str, list[Any]]]:
-    """Every metric (or one) over the steps `first` to `last`, in at most `points` buckets.
-
-    Returns:
-        name → ``steps``, ``min``, ``max``, ``values``; a bucket's value and step are its last.
-    """
-    where, given = _range(job_id, first, last)
-    chosen = where if name is None else f"{where} AND name = :name"
-    connection = session.connection()
-    found = connection.execute(
-        text(
-            f"SELECT name, count(*), min(step), max(step) FROM metric WHERE {chosen}"  # noqa: S608
-            " GROUP BY name ORDER BY min(id)"
-        ),
-        {**given, "name": name},
-    ).all()
-    where += " AND name = :name"
-    return {
-        row[0]: _read_one_series(connection, where, {**given, "name": row[0]}, row, points)
-        for row in found
-    }
-
-
-def _read_one_series(
-    connection: Connection,
-    where: str,
-    given: dict[str, Any],
-    found: Sequence[Any],
-    points: int | None,
-) -> dict[str, list[Any]]:
-    _, count, low, high = found
-    if points is None or count <= points:
-        rows = connection.execute(
-            text(f"SELECT step, value FROM metric WHERE {where} ORDER BY step"),  # noqa: S608
-            given,
-        ).all()
-        values = mark([value for _, value in rows])
-        return {"steps": [s for s, _ in rows], "min": values, "max": values, "values": values}
-    rows = connection.execute(
-        text(
-            f"""SELECT b.last, b.low, b.high, m.value FROM (
-                    SELECT max(step) AS last, min(value) AS low, max(value) AS high
-                    FROM metric WHERE {where} GROUP BY {_bucket(low, high, points)}
-                ) AS b JOIN metric AS m ON m.job_id = :job AND m.name = :name AND m.step = b.last
-                ORDER BY b.last"""  # noqa: S608
-        ),
-        given,
-    ).all()
-    steps, lows, highs, values = (list(column) for column in zip(*rows, strict=True))
-    return {"steps": steps, "min": mark(lows), "max": mark(highs), "values": mark(values)}
-
-
-def read_matrix(
-    session: Session,
-    job_id: int,
-    stat: str,
-    positions: Sequence[int],
-    points: int | None = None,
-    first: int | None = None,
-    last: int | None = None,
-    reduce: str = "max",
-) -> tuple[list[int], list[list[Any]]]:
-    """One measure of some layers over the steps, in at most `points` buckets.
-
-    Args:
-        positions: of the layers, in the order in which their rows are wanted.
-        reduce: what stands for a bucket: its ``max``, ``min`` or ``last``.
-
-    Returns:
-        The last step of every bucket, and a row a layer; None where there is no value.
-    """
-    if not positions:
-        return [], []
-    where, given = _range(job_id, first, last)
-    connection = session.connection()
-    # Every record has all layers, so one layer tells the steps.
-    on_one = f"FROM layer_stat WHERE {where} AND position = :position"
-    given_one = {**given, "position": positions[0]}
-    count, low, high = connection.execute(
-        text(f"SELECT count(*), min(step), max(step) {on_one}"),
-        given_one,
-    ).one()
-    if count == 0:
-        return [], [[] for _ in positions]
-    points = min(points or count, max(1, MAX_CELLS // len(positions)))
-    group = "step" if count <= points else _bucket(low, high, points)
-    ends = f"SELECT max(step) {on_one} GROUP BY {group}"
-    steps = list(connection.execute(text(f"{ends} ORDER BY 1"), given_one).scalars())
-    columns = {step: index for index, step in enumerate(steps)}
-    rows = {position: [None] * len(steps) for position in positions}
-    wanted = f"{where} AND position IN ({', '.join(str(int(p)) for p in positions)})"
-    if group == "step" or reduce == "last":
-        query = f"SELECT position, step, {STATS[stat]} FROM layer_stat WHERE {wanted}"  # noqa: S608
-        if group != "step":
-            query += f" AND step IN ({ends})"
-            given = given_one
-    else:
-        query = (
-            f"SELECT position, max(step), {reduce}({STATS[stat]}) FROM layer_stat"  # noqa: S608
-            f" WHERE {wanted} GROUP BY position, {group}"
-        )
-    for position, step, value in connection.execute(text(query), given):
-        rows[position][columns[step]] = value
-    return steps, [mark(rows[position]) for position in positions]
 
 
 def read_layers(session: Session, job_id: int) -> list[str]:
@@ -303,12 +213,20 @@ def read_metrics_since(
     session: Session, job_id: int, metric_id: int, limit: int = 10_000
 ) -> tuple[dict[str, dict[str, list[Any]]], int]:
     """Metrics stored after the one with that id, as series, and the id of the last of them."""
+    end = last_metric(session, job_id)
     rows = session.connection().execute(
         text(
-            "SELECT id, name, step, value FROM metric WHERE job_id = :job AND id > :id"
-            " ORDER BY id LIMIT :limit"
+            "SELECT m.id, s.name, m.step, m.value FROM metric AS m CROSS JOIN series AS s"
+            " WHERE m.id > max(:id, :begin) AND m.id <= :end"
+            " AND s.id = m.series_id AND s.job_id = :job ORDER BY m.id LIMIT :limit"
         ),
-        {"job": job_id, "id": metric_id, "limit": limit},
+        {
+            "job": job_id,
+            "id": metric_id,
+            "begin": _first_metric(session, job_id) - 1,
+            "end": end,
+            "limit": limit,
+        },
     )
     series: dict[str, dict[str, list[Any]]] = {}
     for row_id, name, step, value in rows:
@@ -316,14 +234,26 @@ def read_metrics_since(
         one = series.setdefault(name, {"steps": [], "min": [], "max": [], "values": []})
         one["steps"].append(step)
         for key in ("min", "max", "values"):
-            one[key].append(_mark_one(value))
+            one[key].append(mark_one(value))
     return series, metric_id
 
 
 def last_metric(session: Session, job_id: int) -> int:
     """The id of the job's last stored metric, 0 before the first."""
-    query = "SELECT coalesce(max(id), 0) FROM metric WHERE job_id = :job"
-    return int(session.connection().execute(text(query), {"job": job_id}).scalar_one())
+    return _outermost_metric(session, job_id, "max")
+
+
+def _first_metric(session: Session, job_id: int) -> int:
+    return _outermost_metric(session, job_id, "min")
+
+
+def _outermost_metric(session: Session, job_id: int, which: str) -> int:
+    """The lowest or highest id: within a series ids grow with steps, which have an index."""
+    query = f"""SELECT coalesce({which}(m.id), 0) FROM series AS s CROSS JOIN metric AS m
+        ON m.series_id = s.id
+        AND m.step = (SELECT {which}(step) FROM metric WHERE series_id = s.id)
+        WHERE s.job_id = ?"""
+    return int(session.connection().exec_driver_sql(query, (job_id,)).scalar_one())
 
 
 def find_steps(
@@ -337,7 +267,7 @@ def find_steps(
     order = "DESC" if newest else "ASC"
     rows = session.connection().execute(
         text(
-            "SELECT min(step), max(step) FROM (SELECT step FROM layer_stat"  # noqa: S608
+            "SELECT min(step), max(step) FROM (SELECT step FROM layer_stat"
             " WHERE job_id = :job AND position = 0 AND step > :after"
             f" ORDER BY step {order} LIMIT :limit)"
         ),
@@ -347,37 +277,48 @@ def find_steps(
     return None if first is None else (first, last)
 
 
-def iterate_samples(session: Session, job_id: int) -> Iterator[tuple[int, str, str, Any]]:
-    """Every value as (step, layer, name, value): metrics first, whose layer is "", then layers."""
-    connection = session.connection()
-    query = "SELECT step, '', name, value FROM metric WHERE job_id = :job ORDER BY step, id"
-    for step, layer, name, value in connection.execute(text(query), {"job": job_id}):
-        yield step, layer, name, _mark_one(value)
-    for stat in ("grad_norm", "update_norm", "weight_norm"):
-        query = f"SELECT step, layer, {stat} FROM layer_stats WHERE job_id = :job"  # noqa: S608
-        for step, layer, value in connection.execute(text(query), {"job": job_id}):
-            yield step, layer, stat, _mark_one(value)
+@dataclass(frozen=True)
+class Column:
+    """Consecutive values of one name, at these steps; `layer` is None for a metric."""
+
+    layer: str | None
+    name: str
+    steps: list[int]
+    values: list[Any]
 
 
-def mark(values: list[Any]) -> list[Any]:
-    """The values as JSON can hold them: a number that is not finite becomes its name."""
-    return [_mark_one(value) for value in values]
+def iterate_columns(
+    read: Callable[[], AbstractContextManager[Session]], job_id: int, limit: int = 10_000
+) -> Iterator[Column]:
+    """Every value of a job: metrics in their order, then layers in model order, by step.
+
+    Each portion of `limit` rows is a read of its own, so that a slow reader holds nothing up.
+    """
+    with read() as session:
+        query = "SELECT id, name FROM series WHERE job_id = ? ORDER BY id"
+        series = session.connection().exec_driver_sql(query, (job_id,)).all()
+        layers = read_layers(session, job_id)
+    for series_id, name in series:
+        owned = f"metric WHERE series_id = {series_id:d}"
+        for steps, values in _iterate_rows(read, owned, "value", limit):
+            yield Column(None, name, steps, values)
+    names = ("grad_norm", "update_norm", "weight_norm")
+    for position, layer in enumerate(layers):
+        owned = f"layer_stat WHERE job_id = {job_id:d} AND position = {position:d}"
+        for steps, *columns in _iterate_rows(read, owned, ", ".join(names), limit):
+            for name, values in zip(names, columns, strict=True):
+                yield Column(layer, name, steps, values)
 
 
-def _mark_one(value: Any) -> Any:
-    if type(value) is float and not math.isfinite(value):
-        return "Infinity" if value > 0 else "-Infinity"
-    return value
-
-
-def _range(job_id: int, first: int | None, last: int | None) -> tuple[str, dict[str, Any]]:
-    where, given = "job_id = :job", {"job": job_id}
-    for given_name, sign, step in (("first", ">=", first), ("last", "<=", last)):
-        if step is not None:
-            where, given = f"{where} AND step {sign} :{given_name}", {**given, given_name: step}
-    return where, given
-
-
-def _bucket(low: int, high: int, points: int) -> str:
-    """SQL for a step's bucket: `points` ranges of equal length between two steps."""
-    return f"(step - {int(low)}) * {int(points)} / {int(high) - int(low) + 1}"
+def _iterate_rows(
+    read: Callable[[], AbstractContextManager[Session]], owned: str, columns: str, limit: int
+) -> Iterator[list[list[Any]]]:
+    query = f"SELECT step, {columns} FROM {owned} AND step > ? ORDER BY step LIMIT ?"
+    after = -1
+    while True:
+        with read() as session:
+            rows = session.connection().exec_driver_sql(query, (after, limit)).all()
+        if not rows:
+            return
+        yield [list(column) for column in zip(*rows, strict=True)]
+        after = rows[-1][0]

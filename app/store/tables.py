@@ -103,6 +103,7 @@ class Job(SQLModel, table=True):
     total_steps: int | None = None
     epoch: float = 0.0
     step_ms: float | None = None
+    measure_ms: float | None = None
     train_size: int | None = None
     device_name: str | None = None
     device_bytes: int | None = None
@@ -164,13 +165,23 @@ class Proof(SQLModel, table=True):
 
 
 class Layer(SQLModel, table=True):
-    """A job's layers, numbered from 0 in model order."""
+    """A job's layers, numbered from 0 in model order.
+
+    Attributes:
+        estimated: its update and weight norms are estimates between two exact passes.
+        unreached: trainable, and at the newest measured step no gradient came.
+        lost: of its sampled elements that had a gradient, the share whose value the newest measured
+            step left as it was: the update was rounded away.
+    """
 
     __tablename__ = "layer"
 
     job_id: int = Field(primary_key=True, foreign_key="job.id")
     position: int = Field(primary_key=True)
     path: str
+    estimated: bool = False
+    unreached: bool = False
+    lost: float | None = None
 
 
 class LayerStat(SQLModel, table=True):
@@ -190,20 +201,75 @@ class LayerStat(SQLModel, table=True):
     weight_norm: float | None = None
 
 
+class LayerRollup(SQLModel, table=True):
+    """What one layer's measures came to in `width` steps, from step block * width on.
+
+    Attributes:
+        last_step: the last recorded one of them.
+        grad_low, …, ratio_high: lowest and highest, as SQL compares: the text NaN is highest.
+        grad_bad, …: how many were not finite.
+    """
+
+    __tablename__ = "layer_rollup"
+    __table_args__ = {"sqlite_with_rowid": False}
+
+    job_id: int = Field(primary_key=True)
+    width: int = Field(primary_key=True)
+    position: int = Field(primary_key=True)
+    block: int = Field(primary_key=True)
+    last_step: int
+    grad_low: float | None = None
+    grad_high: float | None = None
+    grad_bad: int = 0
+    update_low: float | None = None
+    update_high: float | None = None
+    update_bad: int = 0
+    weight_low: float | None = None
+    weight_high: float | None = None
+    weight_bad: int = 0
+    ratio_low: float | None = None
+    ratio_high: float | None = None
+
+
+class Series(SQLModel, table=True):
+    """One metric of one job, by its name."""
+
+    __tablename__ = "series"
+    __table_args__ = (Index("series_of_job", "job_id", "name", unique=True), _NEVER_REUSED)
+
+    id: int | None = Field(default=None, primary_key=True)
+    job_id: int
+    name: str
+
+
 class Metric(SQLModel, table=True):
     """One value of one metric; the id is a place in the event stream."""
 
     __tablename__ = "metric"
     __table_args__ = (
-        Index("metric_of_job", "job_id", "name", "step", unique=True),
+        Index("metric_of_series", "series_id", "step", unique=True),
         _NEVER_REUSED,
     )
 
     id: int | None = Field(default=None, primary_key=True)
-    job_id: int
-    name: str
+    series_id: int
     step: int
     value: float | None = None
+
+
+class MetricRollup(SQLModel, table=True):
+    """What one metric came to in `width` steps, from step block * width on; as `LayerRollup`."""
+
+    __tablename__ = "metric_rollup"
+    __table_args__ = {"sqlite_with_rowid": False}
+
+    series_id: int = Field(primary_key=True)
+    width: int = Field(primary_key=True)
+    block: int = Field(primary_key=True)
+    last_step: int
+    low: float | None = None
+    high: float | None = None
+    bad: int = 0
 
 
 class Login(SQLModel, table=True):

@@ -17,9 +17,11 @@ from jinja2.runtime import Context
 from markupsafe import Markup
 
 from app import __version__
+from app.freezing.errors import InvalidDocument
 from app.web import views
 
 TEMPLATES = Path(__file__).resolve().parents[2] / "templates"
+LONGEST_ADDRESS = 16_000
 THIN_SPACE = "\u202f"
 NOTHING = "–"
 
@@ -100,7 +102,15 @@ def render_block(request: Request, template: str, block: str, view: Any) -> HTML
 
 
 def redirect(request: Request, path: str) -> RedirectResponse:
-    """303 to a page of ours, so that a reload does not send the form again."""
+    """303 to a page of ours, so that a reload does not send the form again.
+
+    Raises:
+        InvalidDocument: what the address is to carry is longer than servers and proxies read.
+    """
+    if len(path) > LONGEST_ADDRESS:
+        raise InvalidDocument(
+            [("", f"{len(path):,} characters do not fit into an address; save the config instead.")]
+        )
     return RedirectResponse(root_path(request) + path, 303)
 
 

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from app.freezing.config import DROPOUT_POLICIES, MECHANISMS, NORM_POLICIES
-from app.freezing.presets import PRESETS
 
 LIVE_STATES = ("queued", "starting", "running", "paused", "stopping")
 ENDED_STATES = ("stopped", "failed", "interrupted", "succeeded")
@@ -40,9 +39,18 @@ class ModelsView:
     shell: Shell
     models: Sequence[Document]
     jobs: Sequence[JobView]
-    values: Mapping[str, str]
+    uri: Field
+    options: Sequence[Field]
+    checks: Sequence[Field]
     faults: Sequence[Fault] = ()
-    suggestions: Sequence[tuple[str, str]] = ()
+    conflict: str = ""
+    in_use: Sequence[int] = ()
+
+    @property
+    def is_opened(self) -> bool:
+        """Whether somebody said more than a URI, or must look at what they said."""
+        given = any(check.value or check.fault for check in self.checks)
+        return given or any(option.fault or option.is_given for option in self.options)
 
     @property
     def is_waiting(self) -> bool:
@@ -93,28 +101,68 @@ class TreeRow:
 
 
 @dataclass(frozen=True, slots=True)
-class RuleRow:
-    """One rule as it is edited: `text` is a glob, or ``type=CLASS`` and perhaps a glob after it."""
+class EntryRow:
+    """A rule, a phase or a group as it is edited, with what it matches and what is wrong with it.
 
-    action: str
-    text: str
-    tensors: int | None
-    numel: int | None
+    Attributes:
+        entry: its columns, the text last: a glob, or ``type=CLASS`` and perhaps a glob after it.
+        tensors, numel: parameters and elements that the text covers; None where it cannot be read.
+    """
+
+    entry: Sequence[str]
+    tensors: int | None = None
+    numel: int | None = None
     fault: str = ""
+
+    @property
+    def text(self) -> str:
+        return self.entry[-1]
+
+    @property
+    def action(self) -> str:
+        """Of a rule, which is (action, text)."""
+        return self.entry[0]
+
+
+@dataclass(frozen=True, slots=True)
+class Preset:
+    """One of the freeze configs that everybody asks for; `limit` where it takes a number."""
+
+    key: str
+    label: str
+    limit: int | None = None
+    is_index: bool = False
+
+    @property
+    def is_possible(self) -> bool:
+        return self.limit is None or self.limit > 0
 
 
 @dataclass(frozen=True, slots=True)
 class Measure:
-    """A figure beside what it would be with everything trainable."""
+    """A figure beside what it would be with everything trainable, and the whole of both."""
 
     label: str
     value: float | None
     full: float | None
-    unit: str
+    whole: float | None
 
     @property
     def share(self) -> float | None:
         return self.value / self.full if self.value is not None and self.full else None
+
+    @property
+    def width(self) -> float:
+        """Percent of the bar."""
+        return _width(self.value, self.whole)
+
+    @property
+    def full_width(self) -> float:
+        return _width(self.full, self.whole)
+
+
+def _width(value: float | None, whole: float | None) -> float:
+    return round(100 * value / whole, 2) if value and whole else 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,9 +173,6 @@ class PlanPanel:
     frozen_numel: int
     trainable_tensors: int
     frozen_tensors: int
-    forward_share: float | None
-    backward_share: float | None
-    step_share: float | None
     speedup_bound: float | None
     predicted_step_ms: float | None
     flops: Sequence[Measure]
@@ -155,6 +200,11 @@ class Field:
     help: str = ""
     fault: str = ""
 
+    @property
+    def is_given(self) -> bool:
+        """Whether something was typed, or another choice made than the first."""
+        return bool(self.value) and self.value != next(iter(self.choices), "")
+
 
 @dataclass(frozen=True, slots=True)
 class WorkbenchView:
@@ -162,29 +212,46 @@ class WorkbenchView:
 
     shell: Shell
     model: Document
+    again: str = ""
     tree: Sequence[TreeRow] = ()
     search: str = ""
     found: int | None = None
-    rules: Sequence[RuleRow] = ()
+    rules: Sequence[EntryRow] = ()
+    phases: Sequence[EntryRow] = ()
+    groups: Sequence[EntryRow] = ()
     mechanism: str = MECHANISMS[0]
     norm_statistics: str = NORM_POLICIES[0]
     dropout: str = DROPOUT_POLICIES[0]
     plan: PlanPanel | None = None
+    assume: Sequence[Field] = ()
     states: str = "{}"
     address: str = ""
     base: Document | None = None
     config_name: str = ""
     is_changed: bool = False
-    block_count: int = 0
     fields: Sequence[Field] = ()
-    more_fields: Sequence[Field] = ()
+    more_fields: Sequence[tuple[str, Sequence[Field]]] = ()
     columns: Sequence[tuple[str, str]] = ()
     faults: Sequence[Fault] = ()
     saved: Sequence[Document] = ()
     mechanisms: Sequence[str] = MECHANISMS
     norm_policies: Sequence[str] = NORM_POLICIES
     dropout_policies: Sequence[str] = DROPOUT_POLICIES
-    presets: Sequence[tuple[str, str]] = PRESETS
+    presets: Sequence[Preset] = ()
+    guide: bool = False
+
+    @property
+    def has_more_faults(self) -> bool:
+        return any(field.fault for _, fields in self.more_fields for field in fields)
+
+    @property
+    def phases_and_blank(self) -> Sequence[EntryRow]:
+        """The phases, and an empty one to be filled in."""
+        return [*self.phases, EntryRow(("epoch", "1", "unfreeze", "fresh", ""))]
+
+    @property
+    def groups_and_blank(self) -> Sequence[EntryRow]:
+        return [*self.groups, EntryRow(("", "", ""))]
 
 
 @dataclass(frozen=True, slots=True)
@@ -452,7 +519,7 @@ class PatternsView:
     tree: Sequence[TreeRow]
     jobs: Sequence[JobView]
     proofs: Sequence[Document]
-    rules: Sequence[RuleRow]
+    rules: Sequence[EntryRow]
     fields: Sequence[Field]
     plan: PlanPanel
     faults: Sequence[Fault]

@@ -117,6 +117,33 @@ def test_a_plan_takes_its_rules_in_the_order_they_came(served: Path) -> None:
     assert re.search(r"layer3 .*trained", text)
 
 
+def test_a_plan_says_what_it_assumed(served: Path) -> None:
+    model = "demo:digits"
+    options = ("--freeze", "stem", "--batch-size", "64", "--optimizer", "sgd")
+    cost = json.loads(run(served, "plan", model, *options, "--json"))["cost"]
+    assert (cost["assumed"]["batch_size"], cost["assumed"]["optimizer"]) == (64, "sgd")
+    text = run(served, "plan", model, *options)
+    assert "batch size 64" in text
+    assert "frost line" in text
+    assert "\x1b[" not in text
+    assert max(map(len, text.splitlines())) > 60  # wide rows are not broken where nobody looks
+    assert "--batch-size" in run(served, "plan", model, "--batch-size", "0", status=2)
+
+
+def test_mechanisms_are_compared_side_by_side(served: Path) -> None:
+    command = ("plan", "demo:three-layers", "--freeze", "layer2", "--compare-mechanisms")
+    found = json.loads(run(served, *command, "--steps", "2", "--json"))
+    assert [one["mechanism"] for one in found["mechanisms"]] == [
+        "requires_grad", "exclude", "zero_lr", "zero_grad",
+    ]  # fmt: skip
+    assert (found["frozen"], found["trained"], found["on"]) == (2, 4, "example")
+    text = run(served, *command, "--steps", "2", "--dataset", "demo:three-layers")
+    assert re.search(r"frozen tensors with a gradient +0 +2 +2 +2", text)
+    assert "on the data" in text
+    assert "Nothing is trainable" in run(served, *command, "--freeze", "**", status=1)
+    assert "demo:nothing" in run(served, *command, "--dataset", "demo:nothing", status=1)
+
+
 def test_a_refusal_is_the_servers_own_sentence(data: Path, served: Path) -> None:
     model = "demo:three-layers"
     assert model in run(served, "plan", "demo:four-layers", status=1)

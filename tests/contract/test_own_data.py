@@ -1,5 +1,7 @@
-"""Somebody's own data before a job starts, over HTTP: read, shown, refused, and columns changed."""
+"""Somebody's own models and data, over HTTP: added, read, shown, refused in words, and mended."""
 
+import html
+import re
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -161,3 +163,66 @@ def test_a_preview_that_hangs_is_stopped_and_the_next_one_runs(
     ended = wait_for(door, f"/api/tasks/{task}", "queued", "running", "stopping")
     assert (ended["state"], ended["result"]) == ("stopped", None)
     assert preview(door, bert, uri="csv:reviews.csv")["state"] == "succeeded"
+
+
+def test_every_option_of_a_model_is_in_the_form_with_its_fault_beside_it(
+    door: httpx2.Client,
+) -> None:
+    form = {
+        "uri": "hf:./bert",
+        "task": "text-classification",
+        "num_classes": "many",
+        "revision": "a b",
+        "weights": "none.safetensors",
+        "kwargs": '{"hidden_size": 16}',
+        "input": "3, 4",
+        "dtype": "int64",
+        "new_head": "on",
+    }
+    refused = door.post("/models", data=form)
+    assert refused.status_code == 422
+    for name, words in {
+        "num_classes": "must be a whole number",
+        "revision": "must be a branch",
+        "weights": "There is no",
+    }.items():
+        field = refused.text.partition(f'name="{name}"')[2].partition("</label>")[0]
+        assert words in field
+    assert refused.text.count('role="alert"') == 3
+    for kwargs, words in (("{", "This is not JSON"), ("[]", "object of keyword arguments")):
+        assert words in door.post("/models", data={"uri": "hf:./bert", "kwargs": kwargs}).text
+    assert "sizes without the batch" in door.post("/models", data={**form, "input": "big"}).text
+    good = {key: form[key] for key in ("uri", "task", "kwargs", "input", "dtype")}
+    added = door.post("/models", data={**good, "num_classes": "5", "random_init": "on"})
+    assert added.status_code == 303
+    model_id = added.headers["Location"].rpartition("/")[2]
+    model = wait_for(door, f"/api/models/{model_id}", "inspecting")
+    assert model["spec"]["input"] == {"shape": [3, 4], "dtype": "int64"}
+    assert (model["spec"]["num_classes"], model["spec"]["random_init"]) == (5, True)
+
+
+def test_a_model_that_could_not_be_read_says_why_and_fills_the_form_again(
+    door: httpx2.Client,
+) -> None:
+    body = {"uri": "hf:./bert", "kwargs": {"hidden_sizes": 3}, "num_classes": 4}
+    model_id = door.post("/api/models", json=body).json()["id"]
+    model = wait_for(door, f"/api/models/{model_id}", "inspecting")
+    assert model["state"] == "failed"
+    page = door.get(f"/models/{model_id}").text
+    assert "is not an option of BertConfig" in page
+    address = re.search(r'href="(/models\?[^"]+)"', page)
+    assert address is not None
+    form = door.get(html.unescape(address.group(1))).text
+    assert 'value="4"' in form
+    assert "hidden_sizes" in form
+
+
+def test_a_model_with_jobs_names_them_instead_of_going(door: httpx2.Client) -> None:
+    model_id = add_model(door, "demo:three-layers")
+    job = {"model_id": model_id, "config": {}, "dataset": {"uri": "demo:three-layers"}}
+    job_id = door.post("/api/jobs", json={**job, "training": {"max_steps": 1}}).json()["id"]
+    refused = door.post(f"/models/{model_id}/delete")
+    assert refused.status_code == 409
+    assert f"Model {model_id} is used by 1 job; delete it first." in refused.text
+    assert f'href="/jobs/{job_id}"' in refused.text
+    assert "Add a model" in refused.text

@@ -51,7 +51,22 @@ def test_a_number_range_covers_exactly_the_numbers_in_it(low: int, high: int, n:
 
 
 @pytest.mark.parametrize(
-    "match", ["", "{a", "a}", "{}", "re:(", "re:(?=a)", "has:", "{0..100000}", "{0..999}{0..999}"]
+    "match",
+    [
+        "",
+        "{a",
+        "a}",
+        "{}",
+        "{0..}",
+        "{a..c}",
+        "{1..2..3}",
+        "{-1..3}",
+        "re:(",
+        "re:(?=a)",
+        "has:",
+        "{0..100000}",
+        "{0..999}{0..999}",
+    ],
 )
 def test_a_broken_match_is_refused_in_one_sentence(match: str) -> None:
     with pytest.raises(ValueError, match=r"^[^\n]+\.$"):

@@ -4,10 +4,12 @@ from urllib.parse import parse_qsl
 
 import pytest
 
+from app.freezing.config import config_document
+from app.freezing.errors import InvalidDocument
 from app.freezing.graph import ModelGraph, Module, Parameter
 from app.freezing.plan import plan_config
 from app.web import render
-from app.web.pages import tree, workbench
+from app.web.pages import entries, tree, workbench
 
 
 def parameter(name: str, *shared: str) -> Parameter:
@@ -46,6 +48,8 @@ def states_of(*rules: str) -> tree.TreeStates:
         "rule=freeze%3Ablock.%2A%2A&mechanism=zero_lr&open=0%2C2&train.epochs=7",
         "rule=unfreeze%3Atype%3DLinear+block.%2A%2A&dropout=off&search=weight",
         "rule=freeze%3Alayer.%7B0..",
+        "rule=freeze%3A%2A%2A&phase=epoch%3A2%3Aunfreeze%3Akeep%3Ablock.%2A%2A&group=10%3A%3Ahead",
+        "phase=step%3Amany%3Afreeze%3Afresh%3Are%3Ahead%3A.%2A&assume.batch_size=64",
     ],
 )
 def test_an_address_is_read_and_written_back(query: str) -> None:
@@ -54,7 +58,7 @@ def test_an_address_is_read_and_written_back(query: str) -> None:
 
 def test_a_rule_that_cannot_be_used_is_kept_and_explained() -> None:
     choice = choose("freeze:block.**", "freeze:layer.{0..")
-    assert list(choice.faults()) == [1]
+    assert list(choice.faults("rule")) == [1]
     assert len(choice.config().rules) == 1
     ticked = workbench.act(choice, GRAPH, [("tick", "freeze:head")])
     assert ("freeze", "layer.{0..") in ticked.rules
@@ -68,9 +72,76 @@ def test_no_rules_at_all_differs_from_those_of_the_saved_config() -> None:
     assert emptied.address() == "config=3&rule="
 
 
+def test_phases_and_groups_go_into_the_config_and_come_back_from_a_saved_one() -> None:
+    typed = [("phase", "epoch:2:unfreeze:keep:block.**"), ("group", "10:0.5:type=Linear head")]
+    document = config_document(workbench.read_choice(typed, None).config())
+    assert document["schedule"] == [
+        {
+            "at": {"epoch": 2},
+            "action": "unfreeze",
+            "match": "block.**",
+            "optimizer_state": "keep",
+        }
+    ]
+    assert document["groups"] == [
+        {"match": "head", "type": "Linear", "lr_scale": 10.0, "weight_decay": 0.5}
+    ]
+    saved = {"id": 3, **document}
+    assert workbench.read_choice([("config", "3")], saved).address() == "config=3"
+    assert entries.config_items(document) == typed
+
+
+def test_what_cannot_be_used_of_phases_is_kept_explained_and_left_out() -> None:
+    choice = workbench.read_choice([("phase", "epoch:soon:unfreeze:fresh:block.**")], None)
+    assert "epoch" in choice.faults("phase")[0]
+    assert choice.config().schedule == ()
+    fine = [("phase", "epoch:2:unfreeze:fresh:block.**"), ("mechanism", "zero_lr")]
+    assert "requires_grad" in workbench.read_choice(fine, None).faults("phase")[0]
+
+
+def test_rules_move_up_and_go() -> None:
+    choice = choose("freeze:a", "freeze:b", "freeze:c")
+    moved = workbench.act(choice, GRAPH, [("up", "rule:2")])
+    assert [text for _, text in moved.rules] == ["a", "c", "b"]
+    gone = workbench.act(moved, GRAPH, [("remove", "rule:0")])
+    assert [text for _, text in gone.rules] == ["c", "b"]
+    with pytest.raises(InvalidDocument, match="has changed"):
+        workbench.act(gone, GRAPH, [("remove", "rule:2")])
+
+
+def test_a_plan_assumes_what_the_form_trains_unless_told_otherwise() -> None:
+    form = [("train.batch_size", "8"), ("train.optimizer", "sgd")]
+    assert workbench.assumption(workbench.read_choice(form, None))[0] == {
+        "batch_size": 8,
+        "optimizer": "sgd",
+        "precision": "fp32",
+    }
+    told = [*form, ("assume.batch_size", "64"), ("assume.image_size", "huge")]
+    assumed, faults = workbench.assumption(workbench.read_choice(told, None))
+    assert assumed["batch_size"] == 64
+    assert "huge" in faults["image_size"]
+
+
+def test_an_answer_to_a_tick_tells_only_the_visible_rows_that_changed() -> None:
+    places = tree.list_places(GRAPH, frozenset({0, 2}))
+    told = tree.changed_states(states_of(), states_of("freeze:block.a.**"), places)
+    assert set(told["modules"]) == {0, 2, 3}
+    assert told["modules"][3][0] == "1"
+    assert told["parameters"] == {}  # block.a is closed
+    everything = tree.changed_states(None, states_of(), places)
+    assert set(everything["modules"]) == {place.at for place in places}
+
+
 def test_boxes_have_three_states_and_a_tied_tensor_one() -> None:
     states = states_of("freeze:embed.**")
-    assert states.boxes == ["mixed", "frozen", "trainable", "trainable", "", "mixed"]
+    assert [states.module(index).box for index in range(6)] == [
+        "mixed",
+        "frozen",
+        "trainable",
+        "trainable",
+        "",
+        "mixed",
+    ]
     rows = tree.list_rows(GRAPH, states, frozenset({0, 5}))
     tied = next(row for row in rows if row.path == "head.tied")
     assert tied.box == "frozen"

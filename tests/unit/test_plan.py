@@ -4,9 +4,10 @@ import pytest
 import torch
 from torch import nn
 
+from app.freezing.assume import parse_assumption
 from app.freezing.config import FreezeConfig, Rule, parse_config
 from app.freezing.errors import InvalidDocument
-from app.freezing.plan import Plan, parse_assumption, plan_config
+from app.freezing.plan import Plan, plan_config
 from app.freezing.trace import read_model, trace_model
 from tests.unit.models import make
 

@@ -650,3 +650,22 @@ def test_a_schedule_that_leaves_nothing_to_train_is_refused(
     else:
         with pytest.raises(InvalidDocument):
             desk.service.launch_job(document)
+
+
+def test_a_comparison_of_mechanisms_is_a_task_with_the_expanded_config(desk: Desk) -> None:
+    body = {**FREEZE_BODY, "training": {"optimizer": "sgd"}}
+    task = desk.service.compare_mechanisms(1, body)
+    assert (task["kind"], task["state"]) == ("mechanisms", "queued")
+    assert desk.service.get_task(task["id"])["result"] is None
+    with desk.db.read() as session:
+        spec = session.get_one(Task, task["id"]).spec
+    assert spec["config"]["trainable"] == ["head.weight"]
+    assert (spec["training"]["optimizer"], spec["training"]["max_steps"]) == ("sgd", 5)
+    assert "dataset" not in spec
+    wrong: dict[str, Any] = {"rules": [{"action": "freeze", "match": "**"}]}
+    wrong |= {"dataset": {"uri": "x"}, "training": {"max_steps": 10**6}}
+    with pytest.raises(InvalidDocument) as error:
+        desk.service.compare_mechanisms(1, wrong)
+    assert set(faults(error)) == {"rules", "training.max_steps", "dataset.uri"}
+    with pytest.raises(NotFound):
+        desk.service.compare_mechanisms(99, FREEZE_BODY)

@@ -1,5 +1,6 @@
 """Samples: stored exactly once, marked where not finite, bucketed without losing a spike."""
 
+import bisect
 import math
 import random
 import sqlite3
@@ -12,7 +13,7 @@ import pytest
 from sqlmodel import Session
 
 from app.jobs.spool import Record
-from app.store import jobs, samples
+from app.store import charts, jobs, rollups, samples
 from app.store.db import Database
 from app.store.tables import Attempt, Job, Model, Proof
 
@@ -70,12 +71,12 @@ def layers(sequence: int, step: int, *columns: list[float | None], attempt: int 
 
 def read_series(db: Database, *args: Any, **given: Any) -> dict[str, Any]:
     with db.read() as session:
-        return samples.read_series(session, 1, *args, **given)
+        return charts.read_series(session, 1, *args, **given)
 
 
 def read_matrix(db: Database, stat: str = "grad_norm", **given: Any) -> tuple[list[int], list[Any]]:
     with db.read() as session:
-        return samples.read_matrix(session, 1, stat, range(len(LAYERS)), **given)
+        return charts.read_matrix(session, 1, stat, range(len(LAYERS)), **given)
 
 
 def test_what_is_ingested_twice_is_there_once(db: Database) -> None:
@@ -176,58 +177,144 @@ def test_the_newest_proof_counts(db: Database) -> None:
         assert session.get_one(Job, 1).verdict == "broken"
 
 
-def naive_buckets(steps: list[int], points: int) -> list[list[int]]:
-    """The second implementation: indices of the steps in each bucket that has any."""
-    low, span = steps[0], steps[-1] - steps[0] + 1
-    buckets: dict[int, list[int]] = {}
+def split(steps: list[int], ends: list[int]) -> list[list[int]]:
+    """The second implementation: indices of the steps behind each bucket's end up to the next."""
+    assert ends == sorted(set(ends))
+    assert ends[-1] == steps[-1]
+    buckets: list[list[int]] = [[] for _ in ends]
     for index, step in enumerate(steps):
-        buckets.setdefault((step - low) * points // span, []).append(index)
-    return list(buckets.values())
+        buckets[bisect.bisect_left(ends, step)].append(index)
+    assert [steps[bucket[-1]] for bucket in buckets] == ends
+    return buckets
 
 
-@pytest.mark.parametrize("points", [1, 2, 7, 50, 119, 1000])
-def test_buckets_equal_a_naive_second_implementation(db: Database, points: int) -> None:
-    rng = random.Random(points)
-    steps = sorted(rng.sample(range(1, 500), 120))
+def assert_charts_are_naive(
+    db: Database, steps: list[int], loss: list[float], grads: list[list[Any]], **given: Any
+) -> None:
+    """Whatever the buckets are, each tells the truth of its steps, and there are as many as may."""
+    points = given["points"]
+    chosen = [
+        i for i, step in enumerate(steps)
+        if given.get("first", 0) <= step <= given.get("last", 10**9)
+    ]  # fmt: skip
+    steps, loss, grads = ([column[i] for i in chosen] for column in (steps, loss, grads))
+    series = read_series(db, **given)["loss"]
+    buckets = split(steps, series["steps"])
+    assert min(points, len(steps)) / 2 <= len(buckets) <= points
+    assert series == {
+        "steps": series["steps"],
+        "min": [min(loss[i] for i in bucket) for bucket in buckets],
+        "max": [max(loss[i] for i in bucket) for bucket in buckets],
+        "values": [loss[bucket[-1]] for bucket in buckets],
+    }
+    for reduce in charts.REDUCTIONS:
+        ends, matrix = read_matrix(db, reduce=reduce, **given)
+        assert len(ends) <= points
+        for layer, row in enumerate(matrix):
+            expected: list[Any] = []
+            for bucket in split(steps, ends):
+                values = [v for i in bucket if (v := grads[i][layer]) is not None]
+                pick = {"max": max, "min": min}.get(reduce)
+                last = grads[bucket[-1]][layer]
+                expected.append(last if pick is None else pick(values, default=None))
+            assert row == expected
+
+
+@pytest.mark.parametrize("portion", [1, 7, 1000])
+def test_charts_equal_a_naive_second_implementation(db: Database, portion: int) -> None:
+    rng = random.Random(portion)
+    steps = sorted(rng.sample(range(1, 1500), 700))
     loss = [rng.random() for _ in steps]
     grads = [[rng.choice([None, rng.random()]) for _ in LAYERS] for _ in steps]
     records = [start()]
     for index, step in enumerate(steps):
         records.append(metrics(len(records) + 1, step, loss=loss[index]))
         records.append(layers(len(records) + 1, step, grads[index], grads[index], grads[index]))
+    for begin in range(0, len(records), 2 * portion):
+        ingest(db, records[begin : begin + 2 * portion])
+    for points in (1, 2, 7, 50, 119, 700, 5000):
+        assert_charts_are_naive(db, steps, loss, grads, points=points)
+        first, last = sorted(rng.sample(steps, 2))
+        assert_charts_are_naive(db, steps, loss, grads, points=points, first=first, last=last)
+    assert_rollups_are_whole(db)
+
+
+def assert_rollups_are_whole(db: Database) -> None:
+    """What grew portion by portion is what is built anew from the rows."""
+    tables = ("layer_rollup", "metric_rollup")
+
+    def read(session: Session) -> list[Any]:
+        connection = session.connection()
+        return [connection.exec_driver_sql(f"SELECT * FROM {t}").all() for t in tables]
+
+    grown = db.write(read)
+    assert grown[0]
+    db.write(lambda session: rollups.rebuild(session.connection()))
+    assert db.write(read) == grown
+
+
+def test_a_resume_takes_back_what_it_supersedes_at_every_zoom(db: Database) -> None:
+    def record(steps: range, first: int, attempt: int, value: float) -> list[Record]:
+        return [
+            one
+            for i, step in enumerate(steps)
+            for one in (
+                metrics(first + 2 * i, step, attempt=attempt, loss=value),
+                layers(first + 2 * i + 1, step, *[[value] * 3] * 3, attempt=attempt),
+            )
+        ]
+
+    ingest(db, [start(), *record(range(1, 2001), 2, 1, 9.0)])
+
+    def resume(session: Session) -> None:
+        job = session.get_one(Job, 1)
+        jobs.end_attempt(session, job, session.get_one(Attempt, (1, 1)), "interrupted")
+        jobs.queue_job(session, job)
+        assert jobs.start_attempt(session, job, "cpu", 777) is not None
+
+    db.write(resume)
+    ingest(db, [start(1, step=777, attempt=2)], attempt=2)
+    assert read_series(db, points=10)["loss"]["steps"][-1] == 777
+    assert read_matrix(db, points=10)[0][-1] == 777
+    ingest(db, record(range(778, 1500), 2, 2, 1.0), attempt=2)
+    steps = list(range(1, 1500))
+    values = [9.0 if step <= 777 else 1.0 for step in steps]
+    for points in (1, 5, 20, 90, 1000):
+        assert_charts_are_naive(db, steps, values, [[v] * 3 for v in values], points=points)
+    assert_rollups_are_whole(db)
+
+
+def test_sparse_statistics_are_rolled_up_by_their_own_distance(db: Database) -> None:
+    def space_out(session: Session) -> None:
+        session.get_one(Job, 1).spec = {"training": {"stats_every": 10}}
+
+    db.write(space_out)
+    steps = list(range(10, 20_000, 10))
+    values = [float(step % 997) for step in steps]
+    records = [start()]
+    for step, value in zip(steps, values, strict=True):
+        records.append(metrics(len(records) + 1, step, loss=value))
+        records.append(layers(len(records) + 1, step, *[[value] * 3] * 3))
     ingest(db, records)
-    is_full = points >= len(steps)
-    buckets = [[i] for i in range(len(steps))] if is_full else naive_buckets(steps, points)
-    assert len(buckets) <= points
-    ends = [steps[bucket[-1]] for bucket in buckets]
-    assert read_series(db, points=points)["loss"] == {
-        "steps": ends,
-        "min": [min(loss[i] for i in bucket) for bucket in buckets],
-        "max": [max(loss[i] for i in bucket) for bucket in buckets],
-        "values": [loss[bucket[-1]] for bucket in buckets],
-    }
-    for reduce in samples.REDUCTIONS:
-        expected = []
-        for layer in range(len(LAYERS)):
-            row = []
-            for bucket in buckets:
-                values = [v for i in bucket if (v := grads[i][layer]) is not None]
-                pick = {"max": max, "min": min}.get(reduce)
-                last = grads[bucket[-1]][layer]
-                row.append(last if pick is None else pick(values, default=None))
-            expected.append(row)
-        assert read_matrix(db, points=points, reduce=reduce) == (ends, expected)
+    for points in (1, 10, 100, 1000):
+        assert_charts_are_naive(db, steps, values, [[v] * 3 for v in values], points=points)
+    assert_rollups_are_whole(db)
+    with db.read() as session:
+        query = "SELECT count(*) FROM layer_rollup"
+        count = session.connection().exec_driver_sql(query).scalar_one()
+    assert count < len(steps) * 3 / 11
 
 
 def test_a_spike_of_one_step_shows_at_every_zoom(db: Database) -> None:
     values = [1.0] * 1000
     values[617] = 1e9
-    values[700] = NAN
+    values[900] = NAN
     records = [start()] + [
         layers(step + 2, step, [value] * 3, [value] * 3, [1.0] * 3)
         for step, value in enumerate(values)
     ]
     ingest(db, records)
+    assert_rollups_are_whole(db)
     for points in (1, 3, 10, 100, 999):
         row = read_matrix(db, points=points)[1][0]
         assert "NaN" in row
@@ -242,22 +329,32 @@ def test_a_part_is_read_by_its_first_and_last_step(db: Database) -> None:
     assert read_series(db, "no such metric") == {}
 
 
-def test_every_sample_is_iterated_once(db: Database) -> None:
-    ingest(db, [start(), metrics(2, 1, loss=NAN), layers(3, 1, [None] * 3, [0.0] * 3, [1.0] * 3)])
-    with db.read() as session:
-        rows = list(samples.iterate_samples(session, 1))
-    assert rows[0] == (1, "", "loss", "NaN")
-    assert len(rows) == 1 + 3 * len(LAYERS)
-    assert (1, "head", "grad_norm", None) in rows
+@pytest.mark.parametrize("limit", [1, 2, 100])
+def test_every_sample_is_iterated_once(db: Database, limit: int) -> None:
+    columns = [None] * 3, [0.0] * 3, [1.0] * 3
+    ingest(db, [start(), metrics(2, 1, loss=NAN), *(layers(2 + s, s, *columns) for s in (1, 2, 3))])
+    found = list(samples.iterate_columns(db.read, 1, limit))
+    assert found[0] == samples.Column(None, "loss", [1], ["NaN"])
+    rows = [(c.layer, c.name, *row) for c in found for row in zip(c.steps, c.values, strict=True)]
+    assert len(rows) == len(set(rows)) == 1 + 3 * 3 * len(LAYERS)
+    assert ("head", "grad_norm", 3, None) in rows
 
 
 def test_a_deleted_job_gives_its_space_back(db: Database) -> None:
     column = [1.0] * 3
     ingest(db, [start(), *(layers(s + 1, s, column, column, column) for s in range(1, 20_000))])
     db.write(lambda s: jobs.delete_job(s, s.get_one(Job, 1)))
-    db.write(jobs.give_space_back)
     with db.read() as session:
-        rows = session.connection().exec_driver_sql("SELECT count(*) FROM layer_stats")
-        assert rows.scalar_one() == 0
+        for view in ("layer_stats", "metrics"):
+            query = f"SELECT count(*) FROM {view}"
+            assert session.connection().exec_driver_sql(query).scalar_one() == 0
+    portions = 1
+    while db.write(lambda s: jobs.delete_leftovers(s, limit=10_000)):
+        portions += 1
+    assert portions > 6
+    with db.read() as session:
+        for table in ("layer_stat", "layer_rollup", "metric", "metric_rollup"):
+            query = f"SELECT count(*) FROM {table}"
+            assert session.connection().exec_driver_sql(query).scalar_one() == 0
         pages = session.connection().exec_driver_sql("PRAGMA page_count").scalar_one()
     assert pages * 4096 < 200_000

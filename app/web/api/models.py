@@ -53,6 +53,21 @@ def make_plan(service: Verbs, model_id: Id, body: Body) -> Answer:
     return Answer(service.make_plan(model_id, body))
 
 
+@router.post(
+    "/{model_id}/compare-mechanisms",
+    status_code=202,
+    openapi_extra=takes(rules=RULES, training={"optimizer": "adamw"}),
+)
+def compare_mechanisms(service: Verbs, model_id: Id, body: Body) -> Answer:
+    """Have a worker train a few steps under each of the four mechanisms.
+
+    The body is a freeze config, optionally with `dataset` and `training`. The task's `result` tells
+    gradients, bytes, step time, what moved that must not, whether what is trained came out the same
+    with and without momentum, weight decay and clipping, and what happens afterwards.
+    """
+    return Answer(service.compare_mechanisms(model_id, body), 202)
+
+
 @router.post("/{model_id}/configs/import", status_code=201, openapi_extra=takes(rules=RULES))
 def import_config(
     service: Verbs,

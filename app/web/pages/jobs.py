@@ -14,7 +14,9 @@ from app.freezing.config import parse_rules
 from app.freezing.errors import InvalidDocument
 from app.service import Conflict, Service
 from app.web.guard import signed_in
-from app.web.pages.workbench import POLICIES, text_of_rule, training_address
+from app.web.pages.entries import config_items, text_of_rule
+from app.web.pages.training_form import training_address
+from app.web.pages.workbench import POLICIES
 from app.web.render import format_duration, redirect, render_block, render_page, shell
 from app.web.views import CompareRow, CompareView, JobPageView, JobsView, JobView
 
@@ -97,7 +99,7 @@ def _status_view(request: Request, job_id: int, message: str = "") -> JobPageVie
     document = service_of(request).get_job(job_id)
     job = JobView(document)
     config = dict(document["config"])
-    rules = [("rule", f"{r.action}:{text_of_rule(r)}") for r in parse_rules(config["rules"])]
+    rules = config_items(config)
     policies = [(key, config[key]) for key in POLICIES]
     address = urlencode([*rules, *policies, *training_address(document)])
     return JobPageView(

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
-from urllib.parse import urlencode
+from urllib.parse import parse_qsl, urlencode
 
-from fastapi import APIRouter, Depends, HTTPException, Request, Response, UploadFile
+from fastapi import APIRouter, Depends, Request, Response, UploadFile
 from fastapi.responses import HTMLResponse
 from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import FormData
@@ -16,11 +17,12 @@ from app.freezing.config import config_document
 from app.freezing.errors import InvalidDocument
 from app.freezing.export import config_as_python
 from app.service import Conflict, Service
-from app.sources.demo import DEMO_MODELS
-from app.web.api.body import parse_json
 from app.web.guard import changes_nothing, signed_in
-from app.web.pages import tree, workbench
+from app.web.pages import model_form, tree, workbench
+from app.web.pages.entries import Items
 from app.web.pages.jobs import view_jobs
+from app.web.pages.training_form import suggest_training
+from app.web.pages.workbench_view import build_view, count_rule
 from app.web.render import redirect, render_block, render_page, shell
 from app.web.views import Fault, ImportView, ModelsView, WorkbenchView
 
@@ -28,6 +30,7 @@ router = APIRouter(dependencies=[Depends(signed_in)], include_in_schema=False)
 
 Document = dict[str, Any]
 RECENT_JOBS = 8
+GUIDE_COOKIE = "frostline-guide"  # set by workbench.js where somebody hides the first steps
 
 
 def service_of(request: Request) -> Service:
@@ -69,16 +72,26 @@ def show_model_list(request: Request) -> Response:
 
 
 def _models_view(
-    request: Request, values: Mapping[str, str] | None = None, faults: tuple[Fault, ...] = ()
+    request: Request,
+    values: Mapping[str, str] | None = None,
+    faults: Sequence[Fault] = (),
+    conflict: str = "",
+    in_use: Sequence[int] = (),
 ) -> ModelsView:
+    """The page; `values` fill the form, from what was sent or from the address."""
     service = service_of(request)
+    uri, options, checks = model_form.form_fields(values or request.query_params, faults)
+    beside = {field.fault for field in (uri, *options, *checks)}
     return ModelsView(
         shell=shell(request, "Models", "models"),
         models=service.list_models(),
         jobs=view_jobs(service, limit=RECENT_JOBS),
-        values=values or {},
-        faults=faults,
-        suggestions=[(f"demo:{name}", words) for name, words in DEMO_MODELS.items()],
+        uri=uri,
+        options=options,
+        checks=checks,
+        faults=[fault for fault in faults if fault.message not in beside],
+        conflict=conflict,
+        in_use=in_use,
     )
 
 
@@ -86,45 +99,29 @@ def _models_view(
 def add_model(request: Request, items: list[tuple[str, str]] = Depends(form_items)) -> Response:
     values = dict(items)
     try:
-        model = service_of(request).add_model(_model_spec(values))
+        model = service_of(request).add_model(model_form.read_spec(values))
     except InvalidDocument as error:
-        view = _models_view(request, values, tuple(faults_of(error)))
+        view = _models_view(request, values, faults_of(error))
         return render_page(request, "models.html", view, 422)
     return redirect(request, f"/models/{model['id']}")
 
 
-def _model_spec(values: Mapping[str, str]) -> Document:
-    spec: Document = {"uri": values.get("uri", "").strip()}
-    for key in ("task", "revision", "weights"):
-        if values.get(key, "").strip():
-            spec[key] = values[key].strip()
-    for key in ("num_classes", "kwargs", "input"):
-        text = values.get(key, "").strip()
-        if text:
-            spec[key] = read_json(key, text)
-    if values.get("random_init"):
-        spec["random_init"] = True
-    return spec
-
-
-def read_json(field: str, text: str) -> Any:
-    """JSON that somebody typed or uploaded. Raises InvalidDocument with the place of the fault."""
-    try:
-        return parse_json(text.encode(errors="surrogatepass"))
-    except HTTPException as error:
-        raise InvalidDocument([(field, str(error.detail))]) from None
-
-
 @router.post("/models/{model_id}/delete")
 def delete_model(request: Request, model_id: int) -> Response:
-    service_of(request).delete_model(model_id)
+    try:
+        service_of(request).delete_model(model_id)
+    except Conflict as conflict:
+        view = _models_view(
+            request, conflict=conflict.detail, in_use=conflict.extra.get("jobs") or ()
+        )
+        return render_page(request, "models.html", view, 409)
     return redirect(request, "/models")
 
 
 # --------------------------------------------------------------------------------------- workbench
 
 
-def read_choice(request: Request, items: workbench.Items) -> workbench.Choice:
+def read_choice(request: Request, items: Items) -> workbench.Choice:
     config_id = dict(items).get("config", "")
     base = None
     if config_id.isascii() and config_id.isdigit() and len(config_id) < 19:
@@ -133,22 +130,37 @@ def read_choice(request: Request, items: workbench.Items) -> workbench.Choice:
 
 
 def _build(
-    request: Request, model_id: int, choice: workbench.Choice, faults: tuple[Fault, ...] = ()
+    request: Request,
+    model_id: int,
+    choice: workbench.Choice,
+    faults: tuple[Fault, ...] = (),
+    seen: workbench.Choice | None = None,
 ) -> WorkbenchView:
+    """The page of one choice; `seen` is the one that the browser shows already."""
     service = service_of(request)
     model = service.get_model(model_id)
     if model["state"] != "ready":
-        return WorkbenchView(shell=shell(request, str(model["uri"]), "models"), model=model)
+        page, again = (
+            shell(request, str(model["uri"]), "models"),
+            model_form.spec_address(model["spec"]),
+        )
+        return WorkbenchView(shell=page, model=model, again=again)
     plan = service.make_plan(model_id, workbench.plan_request(choice))
+    before = service.make_plan(model_id, workbench.plan_request(seen)) if seen else None
     saved = service.list_configs(model_id=model_id)
     graph = service.read_graph(model_id)
-    return workbench.build_view(request, model, graph, choice, plan, saved, faults)
+    view = build_view(request, model, graph, choice, plan, saved, faults, before)
+    is_hidden = request.cookies.get(GUIDE_COOKIE) == "hidden"
+    is_demo = str(model["uri"]).startswith("demo:")
+    return replace(view, guide=is_demo and not is_hidden and not service.list_jobs(limit=1))
 
 
 @router.get("/models/{model_id}")
 def show_model(request: Request, model_id: int) -> Response:
     choice = read_choice(request, request.query_params.multi_items())
-    choice = workbench.suggest_training(choice, service_of(request).get_model(model_id)["uri"])
+    if not choice.training:
+        suggested = suggest_training(service_of(request).get_model(model_id)["uri"])
+        choice = replace(choice, training=suggested)
     return render_page(request, "workbench.html", _build(request, model_id, choice))
 
 
@@ -171,15 +183,20 @@ def change_choice(
 def show_plan(
     request: Request, model_id: int, items: list[tuple[str, str]] = Depends(form_items)
 ) -> Response:
-    """A button with JavaScript: the rules, the plan and the tree's states in one answer."""
+    """A button with JavaScript: the rules, the plan and what changes in the tree in one answer.
+
+    ``seen`` is the address of what the browser shows; the states are those that differ from it.
+    """
     choice = read_choice(request, items)
+    address = dict(items).get("seen")
+    seen = None if address is None else read_choice(request, parse_qsl(address))
     faults: tuple[Fault, ...] = ()
     try:
         choice = workbench.act(choice, service_of(request).read_graph(model_id), items)
     except InvalidDocument as error:
         faults = tuple(faults_of(error))
     return render_block(
-        request, "workbench.html", "answer", _build(request, model_id, choice, faults)
+        request, "workbench.html", "answer", _build(request, model_id, choice, faults, seen)
     )
 
 
@@ -190,8 +207,9 @@ def show_rows(request: Request, model_id: int, parent: int | None = None) -> Res
     choice = read_choice(request, request.query_params.multi_items())
     graph = service.read_graph(model_id)
     states = tree.read_states(graph, service.make_plan(model_id, workbench.plan_request(choice)))
+    found = None
     if choice.search:
-        rows, _ = tree.find_rows(graph, states, choice.search)
+        rows, found = tree.find_rows(graph, states, choice.search)
     elif parent is None or not 0 <= parent < len(graph.modules):
         opened = tree.first_open(graph) if choice.opened is None else choice.opened
         rows = tree.list_rows(graph, states, opened)
@@ -199,7 +217,7 @@ def show_rows(request: Request, model_id: int, parent: int | None = None) -> Res
         opened = (choice.opened or frozenset()) | {parent}
         rows = tree.list_rows(graph, states, opened, parent)[1:]
     page, model = shell(request, "Rows", "models"), service.get_model(model_id)
-    view = WorkbenchView(page, model, tree=rows, address=choice.address())
+    view = WorkbenchView(page, model, tree=rows, found=found, address=choice.address())
     return render_block(request, "workbench.html", "rows", view)
 
 
@@ -208,7 +226,7 @@ def show_matches(
     request: Request, model_id: int, add_action: str = "freeze", add_text: str = ""
 ) -> Response:
     graph = service_of(request).read_graph(model_id)
-    view = workbench.count_rule(graph, add_action, add_text)
+    view = count_rule(graph, add_action, add_text)
     return render_page(request, "_matches.html", view)
 
 
@@ -301,7 +319,7 @@ def _import(
     try:
         if not text.strip():
             raise InvalidDocument([("", "Choose a file, or paste the JSON of a freeze config.")])
-        document = read_json("document", text)
+        document = model_form.read_json("document", text)
         if not isinstance(document, dict):
             raise InvalidDocument([("document", "A freeze config is a JSON object.")])
         saved = service.import_config(model_id, document, accept)

@@ -8,7 +8,7 @@ from fastapi import APIRouter, Depends, Request, Response
 
 from app.web.guard import signed_in
 from app.web.render import JOB_STATES, render_page, shell
-from app.web.views import Fault, Field, JobView, Measure, PatternsView, PlanPanel, RuleRow, TreeRow
+from app.web.views import EntryRow, Fault, Field, JobView, Measure, PatternsView, PlanPanel, TreeRow
 
 router = APIRouter(dependencies=[Depends(signed_in)], include_in_schema=False)
 
@@ -27,11 +27,11 @@ def show_patterns(request: Request) -> Response:
         ],
         proofs=_proofs(),
         rules=[
-            RuleRow("freeze", "encoder.layer.{0..8}.**", 144, 63_800_000),
-            RuleRow("unfreeze", "type=LayerNorm", 25, 19_200),
-            RuleRow("unfreeze", "nothing.*", 0, 0),
-            RuleRow(
-                "freeze", "layer.{0..", None, None, "The brace in 'layer.{0..' is never closed."
+            EntryRow(("freeze", "encoder.layer.{0..8}.**"), 144, 63_800_000),
+            EntryRow(("unfreeze", "type=LayerNorm"), 25, 19_200),
+            EntryRow(("unfreeze", "nothing.*"), 0, 0),
+            EntryRow(
+                ("freeze", "layer.{0.."), None, None, "The brace in 'layer.{0..' is never closed."
             ),
         ],
         fields=[
@@ -154,20 +154,19 @@ def _plan() -> PlanPanel:
         frozen_numel=79_500_000,
         trainable_tensors=20,
         frozen_tensors=180,
-        forward_share=0.33,
-        backward_share=0.08,
-        step_share=0.41,
         speedup_bound=2.4,
         predicted_step_ms=None,
         flops=(
-            Measure("forward", 35.1e9, 35.1e9, "flops"),
-            Measure("backward", 8.4e9, 70.2e9, "flops"),
+            Measure("forward", 35.1e9, 35.1e9, 105.3e9),
+            Measure("backward", 8.4e9, 70.2e9, 105.3e9),
+            Measure("step", 43.5e9, 105.3e9, 105.3e9),
         ),
         memory=(
-            Measure("gradients", 28e6, 346e6, "bytes"),
-            Measure("optimizer", 57e6, 692e6, "bytes"),
-            Measure("saved activations", None, 2.1e9, "bytes"),
-            Measure("peak", 741e6, 3.5e9, "bytes"),
+            Measure("weights", 346e6, 346e6, 3.5e9),
+            Measure("gradients", 28e6, 346e6, 3.5e9),
+            Measure("optimizer", 57e6, 692e6, 3.5e9),
+            Measure("saved activations", None, 2.1e9, 3.5e9),
+            Measure("peak", 741e6, 3.5e9, 3.5e9),
         ),
         fits={"cpu": True, "cuda:0": False},
         assumed={"batch_size": 32, "optimizer": "adamw"},

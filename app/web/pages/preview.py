@@ -10,8 +10,9 @@ from fastapi import APIRouter, Depends, Request, Response
 from app.freezing.errors import InvalidDocument
 from app.service import NotFound
 from app.web.guard import signed_in
-from app.web.pages import workbench
+from app.web.pages.entries import typed
 from app.web.pages.models import form_items, read_choice, service_of
+from app.web.pages.training_form import dataset_request
 from app.web.render import redirect, render_page, shell
 from app.web.views import PreviewView
 
@@ -30,15 +31,21 @@ def start_preview(
 ) -> Response:
     """Have the dataset in the training form read; the page that follows waits for it."""
     choice = read_choice(request, items)
-    wanted = {"model_id": model_id, "dataset": workbench.dataset_request(choice)}
-    seed = workbench.typed(choice.training.get("seed", ""))
+    wanted = {"model_id": model_id, "dataset": dataset_request(choice.training)}
+    seed = typed(choice.training.get("seed", ""))
     if isinstance(seed, int):
         wanted["training"] = {"seed": seed}
     try:
         task_id = service_of(request).preview_dataset(wanted)["id"]
     except InvalidDocument as error:
         error_document = {"reason": "bad_spec", "message": str(error)}
-        task = {"id": 0, "state": "failed", "error": error_document, "result": None}
+        task = {
+            "id": 0,
+            "state": "failed",
+            "error": error_document,
+            "result": None,
+            "progress": None,
+        }
         return _show(request, model_id, task, choice.address(), 422)
     return redirect(request, f"/models/{model_id}/preview/{task_id}?{choice.address()}")
 

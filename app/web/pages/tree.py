@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from functools import cached_property
+from typing import Any, NamedTuple
 
 from app.freezing.globs import compile_match
 from app.freezing.graph import ModelGraph
+from app.freezing.presets import find_blocks
 from app.web.views import TreeRow
 
 FIRST_SIGHT_ROWS = 64
@@ -29,6 +30,7 @@ class Outline:
         numels: elements in the unique parameters at and below.
         below: first names of the unique parameters at and below.
         parameter_index: every name of a parameter → index of the unique parameter.
+        module_index: path of a module → its index.
     """
 
     graph: ModelGraph
@@ -37,10 +39,16 @@ class Outline:
     numels: Sequence[int]
     below: Sequence[Sequence[int]]
     parameter_index: Mapping[str, int]
+    module_index: Mapping[str, int]
 
     @property
     def total(self) -> int:
         return max(self.numels[0] if self.numels else 0, 1)
+
+    @cached_property
+    def blocks(self) -> tuple[str, ...]:
+        """Paths of the repeated blocks."""
+        return find_blocks(self.graph)
 
     def children(self, index: int) -> Iterable[int]:
         child = index + 1
@@ -82,7 +90,7 @@ def _build_outline(graph: ModelGraph) -> Outline:
         below[parents[index]] |= below[index]
     ordered = [tuple(sorted(indices)) for indices in below]
     numels = [sum(graph.parameters[i].numel for i in indices) for indices in ordered]
-    return Outline(graph, parents, ends, numels, ordered, parameter_index)
+    return Outline(graph, parents, ends, numels, ordered, parameter_index, index_of)
 
 
 def _nearest(index_of: Mapping[str, int], path: str) -> int:
@@ -94,70 +102,85 @@ def _nearest(index_of: Mapping[str, int], path: str) -> int:
     return 0
 
 
+class RowState(NamedTuple):
+    """What one plan says about one row: its box, the frozen share of it, its flow state and why."""
+
+    box: str
+    frozen_share: float
+    flow: str = ""
+    because: str = ""
+
+    def codes(self) -> list[str | float]:
+        """As tree.js reads it."""
+        box, flow = BOX_CODES[self.box], FLOW_CODES[self.flow]
+        return [box, round(self.frozen_share, 3), flow, self.because]
+
+
 @dataclass(frozen=True)
 class TreeStates:
-    """What one plan says about every row of the tree.
+    """What one plan says about the rows of the tree, each worked out when it is asked for.
 
     Attributes:
-        parameters: by unique parameter: is it frozen.
-        boxes, frozen_shares, flows, becauses: by module.
+        frozen: by unique parameter: is it frozen.
+        flows, becauses: a layer's own flow state and its reason by module, "" where it has none.
         above: modules above which the frost line may be drawn, outermost first.
         inside: modules that contain it, outermost first.
     """
 
-    parameters: Sequence[bool]
-    boxes: Sequence[str]
-    frozen_shares: Sequence[float]
+    shape: Outline
+    frozen: Sequence[bool]
     flows: Sequence[str]
     becauses: Sequence[str]
     above: Sequence[int]
     inside: Sequence[int]
 
-    def as_json(self) -> str:
-        """Compact codes, one character a module or parameter, for tree.js."""
-        return json.dumps(
-            {
-                "boxes": "".join(BOX_CODES[box] for box in self.boxes),
-                "parameters": "".join("1" if frozen else "0" for frozen in self.parameters),
-                "flows": "".join(FLOW_CODES[flow] for flow in self.flows),
-                "shares": [round(share, 3) for share in self.frozen_shares],
-                "above": list(self.above),
-                "inside": list(self.inside),
-            },
-            separators=(",", ":"),
-        )
+    def module(self, index: int) -> RowState:
+        """A layer's own flow; for a container the flow of all layers below it, where they agree."""
+        indices, parameters = self.shape.below[index], self.shape.graph.parameters
+        frozen = [i for i in indices if self.frozen[i]]
+        box = "mixed" if 0 < len(frozen) < len(indices) else "frozen" if frozen else "trainable"
+        share = sum(parameters[i].numel for i in frozen) / max(self.shape.numels[index], 1)
+        if self.flows[index]:
+            return RowState(box, share, self.flows[index], self.becauses[index])
+        below = set(self.flows[index : self.shape.ends[index]]) - {""}
+        return RowState(box if indices else "", share, below.pop() if len(below) == 1 else "")
+
+    def parameter(self, index: int) -> RowState:
+        parameter = self.shape.graph.parameters[index]
+        why = "" if parameter.floating else f"{parameter.dtype} cannot be trained"
+        frozen = self.frozen[index]
+        return RowState("frozen" if frozen else "trainable", float(frozen), because=why)
+
+    def of(self, place: Place) -> RowState:
+        return (self.module if place.is_module else self.parameter)(place.at)
 
 
 def read_states(graph: ModelGraph, plan: Mapping[str, Any]) -> TreeStates:
     """The states of every row from a plan document."""
     shape = outline(graph)
     frozen_names = set(plan["frozen"])
-    parameters = [p.name in frozen_names for p in graph.parameters]
-    layers = {layer["path"]: layer for layer in plan["layers"]}
-    boxes, shares = [], []
-    for indices in shape.below:
-        frozen = sum(parameters[i] for i in indices)
-        box = "mixed" if 0 < frozen < len(indices) else "frozen" if frozen else "trainable"
-        boxes.append(box if indices else "")
-        numel = sum(graph.parameters[i].numel for i in indices if parameters[i])
-        shares.append(numel / max(sum(graph.parameters[i].numel for i in indices), 1))
-    own = [layers[m.path]["flow"] if m.path in layers else "" for m in graph.modules]
-    becauses = [
-        layers[m.path].get("because") or "" if m.path in layers else "" for m in graph.modules
-    ]
-    above, inside = _frost_line(shape, own)
-    return TreeStates(parameters, boxes, shares, _agreed_flows(shape, own), becauses, above, inside)
+    frozen = [p.name in frozen_names for p in graph.parameters]
+    flows, becauses = [""] * len(graph.modules), [""] * len(graph.modules)
+    for layer in plan["layers"]:
+        index = shape.module_index[layer["path"]]
+        flows[index], becauses[index] = layer["flow"], layer.get("because") or ""
+    return TreeStates(shape, frozen, flows, becauses, *_frost_line(shape, flows))
 
 
-def _agreed_flows(shape: Outline, own: Sequence[str]) -> list[str]:
-    """A layer's own flow; for a container the flow of all layers below it, where they agree."""
-    seen: list[set[str]] = [{flow} if flow else set() for flow in own]
-    for index in range(len(own) - 1, 0, -1):
-        seen[shape.parents[index]] |= seen[index]
-    return [
-        flow or ("".join(flows) if len(flows) == 1 else "")
-        for flow, flows in zip(own, seen, strict=True)
-    ]
+def changed_states(
+    before: TreeStates | None, after: TreeStates, places: Iterable[Place]
+) -> dict[str, Any]:
+    """What tree.js must paint anew: those of the visible rows that changed, all without `before`.
+
+    Returns:
+        ``modules`` and ``parameters`` by index as `RowState.codes`, and the frost line's modules.
+    """
+    changed: dict[str, dict[int, list[str | float]]] = {"modules": {}, "parameters": {}}
+    for place in places:
+        now = after.of(place)
+        if before is None or before.of(place) != now:
+            changed["modules" if place.is_module else "parameters"][place.at] = now.codes()
+    return {**changed, "above": list(after.above), "inside": list(after.inside)}
 
 
 def _frost_line(shape: Outline, own: Sequence[str]) -> tuple[list[int], list[int]]:
@@ -191,29 +214,42 @@ def first_open(graph: ModelGraph) -> frozenset[int]:
     return frozenset(opened)
 
 
-def list_rows(
-    graph: ModelGraph, states: TreeStates, opened: frozenset[int], start: int = 0
-) -> list[TreeRow]:
+class Place(NamedTuple):
+    """What a row shows: module `at`, or unique parameter `at` under `name` in module `owner`."""
+
+    at: int
+    owner: int = -1
+    name: str = ""
+
+    @property
+    def is_module(self) -> bool:
+        return self.owner < 0
+
+
+def list_places(graph: ModelGraph, opened: frozenset[int], start: int = 0) -> list[Place]:
     """The visible rows below and with module `start`, given which modules are open."""
-    rows: list[TreeRow] = []
-    if not graph.modules:
-        return rows
+    places: list[Place] = []
     shape = outline(graph)
-    stack = [start]
+    stack = [start] if graph.modules else []
     while stack:
         index = stack.pop()
-        rows.append(_module_row(shape, states, index, index in opened))
+        places.append(Place(index))
         if index in opened:
-            rows += _parameter_rows(shape, states, index)
+            places += _own_parameters(shape, index)
             stack += reversed(list(shape.children(index)))
-    return _mark_line(rows, states)
+    return places
 
 
-def find_rows(graph: ModelGraph, states: TreeStates, text: str) -> tuple[list[TreeRow], int]:
+def _own_parameters(shape: Outline, owner: int) -> list[Place]:
+    names = shape.graph.modules[owner].parameters
+    return [Place(shape.parameter_index[name], owner, name) for name in names]
+
+
+def find_places(graph: ModelGraph, text: str) -> tuple[list[Place], int]:
     """Modules and parameters whose name or type contains `text`, or that it matches as a glob.
 
     Returns:
-        The first rows of those found, and how many were found.
+        Where the first of those found stand, and how many were found.
     """
     shape = outline(graph)
     needle = text.casefold()
@@ -222,85 +258,94 @@ def find_rows(graph: ModelGraph, states: TreeStates, text: str) -> tuple[list[Tr
         matches = compile_match(text) if any(mark in text for mark in "*?{:") else None
     except ValueError:
         matches = None  # half-typed: until it is whole it is searched for as plain text
-    rows: list[TreeRow] = []
-    found = 0
+
+    def is_named(name: str) -> bool:
+        return bool(name) and (matches(name) if matches else needle in name.casefold())
+
+    places: list[Place] = []
     for index, module in enumerate(graph.modules):
-        for name in (module.path, *module.parameters):
-            is_hit = name and (matches(name) if matches else needle in name.casefold())
-            if not is_hit and not (
-                name == module.path and type_ and type_ in module.type.casefold()
-            ):
-                continue
-            found += 1
-            if found > FOUND_ROWS:
-                continue
-            if name == module.path:
-                rows.append(_module_row(shape, states, index, False, flat=True))
-            else:
-                rows += [
-                    r for r in _parameter_rows(shape, states, index, flat=True) if r.path == name
-                ]
-    return rows, found
+        if is_named(module.path) or (module.path and type_ and type_ in module.type.casefold()):
+            places.append(Place(index))
+        if any(map(is_named, module.parameters)):
+            places += [place for place in _own_parameters(shape, index) if is_named(place.name)]
+    return places[:FOUND_ROWS], len(places)
 
 
-def _module_row(
-    shape: Outline, states: TreeStates, index: int, expanded: bool, flat: bool = False
+def list_rows(
+    graph: ModelGraph, states: TreeStates, opened: frozenset[int], start: int = 0
+) -> list[TreeRow]:
+    """The rows of `list_places`, the frost line marked."""
+    rows = [
+        _row(states, place, expanded=place.is_module and place.at in opened)
+        for place in list_places(graph, opened, start)
+    ]
+    return _mark_line(rows, states)
+
+
+def find_rows(graph: ModelGraph, states: TreeStates, text: str) -> tuple[list[TreeRow], int]:
+    """The rows of `find_places`, each under its whole name, and how many were found."""
+    places, found = find_places(graph, text)
+    return [_row(states, place, flat=True) for place in places], found
+
+
+def _row(
+    states: TreeStates, place: Place, *, expanded: bool = False, flat: bool = False
 ) -> TreeRow:
-    module = shape.graph.modules[index]
+    make = _module_row if place.is_module else _parameter_row
+    row = make(states, place)
+    if flat:
+        return replace(row, label=row.path or row.label, level=1, expandable=False)
+    return replace(row, expanded=expanded)
+
+
+def _module_row(states: TreeStates, place: Place) -> TreeRow:
+    shape, index = states.shape, place.at
+    module, state = shape.graph.modules[index], states.module(index)
     parent = shape.parents[index]
     above = shape.graph.modules[parent].path if parent >= 0 else ""
-    label = module.path[len(above) + 1 if above else 0 :]
     return TreeRow(
         kind="module",
         index=index,
         parent=parent,
         path=module.path,
-        label=(module.path if flat else label) or "(model)",
+        label=module.path[len(above) + 1 if above else 0 :] or "(model)",
         detail=module.type,
-        level=1 if flat else _level(shape, index),
+        level=_level(shape, index),
         numel=shape.numels[index],
         size_share=shape.numels[index] / shape.total,
-        frozen_share=states.frozen_shares[index],
-        box=states.boxes[index],
-        flow=states.flows[index],
-        because=states.becauses[index],
-        expandable=not flat and shape.is_expandable(index),
-        expanded=expanded,
+        frozen_share=state.frozen_share,
+        box=state.box,
+        flow=state.flow,
+        because=state.because,
+        expandable=shape.is_expandable(index),
+        expanded=False,
         shared_with=(),
         line="",
     )
 
 
-def _parameter_rows(
-    shape: Outline, states: TreeStates, index: int, flat: bool = False
-) -> list[TreeRow]:
-    rows = []
-    for name in shape.graph.modules[index].parameters:
-        unique = shape.parameter_index[name]
-        parameter = shape.graph.parameters[unique]
-        is_frozen = states.parameters[unique]
-        rows.append(
-            TreeRow(
-                kind="parameter",
-                index=unique,
-                parent=index,
-                path=name,
-                label=name if flat else name.rpartition(".")[2],
-                detail=" × ".join(map(str, parameter.shape)) or "scalar",
-                level=1 if flat else _level(shape, index) + 1,
-                numel=parameter.numel,
-                size_share=parameter.numel / shape.total,
-                frozen_share=float(is_frozen),
-                box="frozen" if is_frozen else "trainable",
-                flow="",
-                because="" if parameter.floating else f"{parameter.dtype} cannot be trained",
-                expandable=False,
-                expanded=False,
-                shared_with=tuple(other for other in parameter.names if other != name),
-                line="",
-            )
-        )
-    return rows
+def _parameter_row(states: TreeStates, place: Place) -> TreeRow:
+    shape, state = states.shape, states.parameter(place.at)
+    parameter = shape.graph.parameters[place.at]
+    return TreeRow(
+        kind="parameter",
+        index=place.at,
+        parent=place.owner,
+        path=place.name,
+        label=place.name.rpartition(".")[2],
+        detail=" × ".join(map(str, parameter.shape)) or "scalar",
+        level=_level(shape, place.owner) + 1,
+        numel=parameter.numel,
+        size_share=parameter.numel / shape.total,
+        frozen_share=state.frozen_share,
+        box=state.box,
+        flow="",
+        because=state.because,
+        expandable=False,
+        expanded=False,
+        shared_with=tuple(other for other in parameter.names if other != place.name),
+        line="",
+    )
 
 
 def _level(shape: Outline, index: int) -> int:

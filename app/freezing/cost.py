@@ -1,0 +1,88 @@
+"""What one training step costs under a freeze set: FLOPs, bytes, milliseconds. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from itertools import compress
+from typing import Any
+
+from app.freezing.assume import OPTIMIZER_STATE, Assumption
+from app.freezing.graph import ModelGraph
+
+
+@dataclass(frozen=True)
+class Share:
+    """Which parameters, in model order, take which part in a step.
+
+    Attributes:
+        trains: are moved by it.
+        computed: get a gradient, whether or not they are then moved.
+        stepped: are in the optimizer with a gradient.
+        near: `Walk.nearest` of `computed`.
+    """
+
+    trains: Sequence[bool]
+    computed: Sequence[bool]
+    stepped: Sequence[bool]
+    near: Sequence[int]
+
+
+def make_cost(
+    graph: ModelGraph, share: Share, assume: Assumption, devices: Mapping[str, int]
+) -> dict[str, Any]:
+    """The `cost` of a plan, beside that of training everything."""
+    cost = _cost_of(graph, share, assume)
+    if assume not in graph.full_costs:
+        every = [p.floating for p in graph.parameters]
+        everything = Share(every, every, every, graph.walk.nearest(every))
+        graph.full_costs[assume] = _cost_of(graph, everything, assume)
+    full = graph.full_costs[assume]
+    step, full_step = cost["step_flops"], full["step_flops"]
+    return {
+        **cost,
+        "full_step_flops": full_step,
+        "speedup_bound": full_step / step if step else None,
+        "predicted_step_ms": None,
+        "fits": {name: cost["peak_bytes"] <= size for name, size in devices.items()},
+        "full": dict(full),
+        "assumed": {
+            **asdict(assume),
+            "sequence_length": None,
+            "image_size": None,
+            "batch_size": assume.batch_size or graph.batch_size,
+            "traced_by": graph.traced_by,
+        },
+    }
+
+
+def _cost_of(graph: ModelGraph, share: Share, assume: Assumption) -> dict[str, Any]:
+    """FLOPs and bytes of one step.
+
+    step = Σ F + Σ (r·Bx + t·Bw): every edge of a node costs its backward FLOPs where what it leads
+    to is live. FLOPs and activations grow in proportion to the batch.
+    """
+    walk = graph.walk
+    scale = (assume.batch_size or graph.batch_size) / graph.batch_size
+    gradient_bytes = sum(compress(walk.reached_bytes, share.computed))
+    optimizer_bytes = OPTIMIZER_STATE[assume.optimizer] * sum(
+        compress(walk.reached_bytes, share.stepped)
+    )
+    forward = backward = activations = None
+    busy = gradient_bytes
+    if graph.nodes:
+        forward = round(graph.forward_flops * scale)
+        backward = round(walk.sum_live(walk.backward_flops, share.near) * scale)
+        half = 0.5 if assume.precision != "fp32" else 1.0  # autocast keeps activations in 16 bits
+        activations = round(walk.sum_live(walk.saved_bytes, share.near) * scale * half)
+        busy = max(gradient_bytes, walk.peak_bytes(share.near, scale * half))
+    return {
+        "forward_flops": forward,
+        "backward_flops": backward,
+        "step_flops": None if forward is None or backward is None else forward + backward,
+        "trainable_bytes": sum(compress(walk.parameter_bytes, share.trains)),
+        "gradient_bytes": gradient_bytes,
+        "optimizer_bytes": optimizer_bytes,
+        "activation_bytes": activations,
+        "peak_bytes": graph.resting_bytes + optimizer_bytes + busy,
+    }

@@ -1,0 +1,204 @@
+"""The autograd graph gathered into wires, so that a freeze set is one short loop. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from itertools import accumulate, compress
+from operator import add, itemgetter
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+    from app.freezing.graph import ModelGraph
+
+DEAD = 1 << 62
+
+
+class Layer(NamedTuple):
+    """What a plan asks of one layer, said once: its parameters by index and the wire it lies on."""
+
+    path: str
+    parameters: tuple[int, ...]
+    span: slice | None  # the same indices, where they follow one another
+    numel: int
+    wire: int
+    reached: int  # how many of its parameters backward reaches when everything trains
+
+
+class Walk:
+    """Which parts of backward run when certain parameters train.
+
+    Nodes that need a gradient for exactly the same parameters are one *wire*: a parameter is a
+    wire, a node with one edge lies on the wire that it leads to, and where several meet a new one
+    begins, one for each distinct set. What costs something is noted on the wire on which it
+    depends, so that a cost is a sum over live wires.
+
+    Attributes:
+        parameter_bytes: of each parameter, in model order; `reached_bytes` of those that backward
+            reaches when everything trains, 0 for others.
+        backward_flops: of each wire.
+        saved_bytes: of each wire.
+        layers: in model order.
+        targets: for each parameter, what to say of a gradient on its way there.
+    """
+
+    def __init__(self, graph: ModelGraph) -> None:
+        self.index = {p.name: i for i, p in enumerate(graph.parameters)}
+        self.count = len(self.index)
+        self._meet: list[Callable[[Sequence[int]], tuple[int, ...]]] = []
+        self._known: dict[tuple[int, ...], int] = {}
+        wires = self._lay_wires(graph)
+        self.targets = [*_name_targets(graph), "gradients pass through to an activation"]
+        reached = {node.parameter for node in graph.nodes} if graph.nodes else set(self.index)
+        self.is_reached = bytes(name in reached for name in self.index)
+        self.parameter_bytes = [p.nbytes for p in graph.parameters]
+        self.reached_bytes = [
+            p.nbytes if is_reached else 0
+            for p, is_reached in zip(graph.parameters, self.is_reached, strict=True)
+        ]
+        self.layers = self._read_layers(graph, wires)
+        frees = self._lay_storages(graph, wires)
+        width = self.count + 1 + len(self._meet)
+        self.backward_flops = [0] * width
+        self.saved_bytes = [0] * width
+        for wire, size in frees.values():
+            self.saved_bytes[wire] += size
+        for node, wire in zip(graph.nodes, wires, strict=True):
+            if wire >= 0:
+                self.backward_flops[wire] += node.node_flops
+            for below, flops in zip(node.inputs, node.edge_flops, strict=False):
+                if below >= 0 and wires[below] >= 0:
+                    self.backward_flops[wires[below]] += flops
+        self._note_memory(graph, wires, frees)
+
+    def nearest(self, trains: Iterable[int]) -> list[int]:
+        """For every wire the nearest trained parameter, as joins away × (parameters + 1) + index.
+
+        A wire without any is at least DEAD. The index after the last parameter stands for an
+        activation that requires a gradient of itself.
+
+        Args:
+            trains: for every parameter in model order whether it trains.
+        """
+        step = self.count + 1
+        near = [i if t else DEAD for i, t in enumerate(trains)]
+        near.append(self.count)
+        append = near.append
+        for meet in self._meet:
+            append(min(meet(near)) + step)
+        return near
+
+    def sum_live(self, values: Sequence[int | float], near: Sequence[int]) -> Any:
+        """The sum of `values` over live wires."""
+        return sum(compress(values, map(DEAD.__gt__, near)))
+
+    def peak_bytes(self, near: Sequence[int], scale: float) -> int:
+        """The most that activations and gradients of one backward hold together.
+
+        Args:
+            scale: of all that grows with the batch, against the traced one.
+
+        Backward frees a node's saved tensors and adds parameters' gradients as it goes; the
+        gradient that comes into a node and those that go out of it are there meanwhile.
+        """
+        live = [n < DEAD for n in (*near, DEAD)]
+        events = list(map(live.__getitem__, self._event_wires))
+        held = accumulate(compress(self._event_bytes, events), initial=0)
+        added = accumulate(compress(self._event_gradients, events), initial=0)
+        room = [0, *compress(self._event_room, events)]
+        saved = self.sum_live(self.saved_bytes, near)
+        if scale == 1:
+            return saved + max(map(add, map(add, held, room), added))
+        return max(
+            round((saved + h + r) * scale) + a for h, r, a in zip(held, room, added, strict=True)
+        )
+
+    # ------------------------------------------------------------------------------------ gathering
+
+    def _join(self, wires: Iterable[int]) -> int:
+        """The wire that is live where any of these is; -1 for none."""
+        distinct = sorted({wire for wire in wires if wire >= 0})
+        if len(distinct) < 2:
+            return distinct[0] if distinct else -1
+        key = tuple(distinct)
+        if key not in self._known:
+            self._known[key] = self.count + 1 + len(self._meet)
+            self._meet.append(itemgetter(*key))
+        return self._known[key]
+
+    def _lay_wires(self, graph: ModelGraph) -> list[int]:
+        wires: list[int] = []
+        for node in graph.nodes:
+            if node.parameter is None:
+                wires.append(self._join(wires[i] for i in node.inputs if i >= 0))
+            else:
+                wires.append(self.index.get(node.parameter, self.count))
+        return wires
+
+    def _read_layers(self, graph: ModelGraph, wires: Sequence[int]) -> tuple[Layer, ...]:
+        layers = []
+        for layer in graph.layers:
+            own = tuple(self.index[graph.canonical_names[name]] for name in layer.parameters)
+            follow = own == tuple(range(own[0], own[0] + len(own)))
+            layers.append(
+                Layer(
+                    path=layer.path,
+                    parameters=own,
+                    span=slice(own[0], own[0] + len(own)) if follow else None,
+                    numel=sum(graph.parameters[i].numel for i in own),
+                    wire=self._join(wires[i] for i in graph.layer_nodes[layer.path])
+                    if graph.nodes
+                    else -1,
+                    reached=sum(self.is_reached[i] for i in own),
+                )
+            )
+        return tuple(layers)
+
+    def _lay_storages(self, graph: ModelGraph, wires: Sequence[int]) -> dict[int, tuple[int, int]]:
+        """Storage → (wire on which it is kept, bytes)."""
+        keepers: dict[int, list[int]] = {}
+        sizes: dict[int, int] = {}
+        for node, wire in zip(graph.nodes, wires, strict=True):
+            for storage, size, edges in node.saved:
+                sizes[storage] = size
+                below = [node.inputs[e] for e in edges if e < len(node.inputs)]
+                kept = [wires[i] for i in below if i >= 0] if edges else [wire]
+                keepers.setdefault(storage, []).extend(kept)
+        kept_on = {storage: self._join(on) for storage, on in keepers.items()}
+        return {s: (wire, sizes[s]) for s, wire in kept_on.items() if wire >= 0}
+
+    def _note_memory(
+        self, graph: ModelGraph, wires: Sequence[int], frees: dict[int, tuple[int, int]]
+    ) -> None:
+        """What backward adds and frees, in its order: the newest node first."""
+        last = {s: i for i in reversed(range(len(wires))) for s, _, _ in graph.nodes[i].saved}
+        freed: dict[int, list[tuple[int, int]]] = {}
+        for storage, index in last.items():
+            if storage in frees:
+                freed.setdefault(index, []).append(frees[storage])
+        events: list[tuple[int, int, int, int]] = []  # wire, freed, room, parameter's gradient
+        for index in reversed(range(len(wires))):
+            node = graph.nodes[index]
+            if node.parameter:
+                events.append((wires[index], 0, 0, graph.by_name[node.parameter].nbytes))
+                continue
+            room = node.gradient_bytes + sum(
+                graph.nodes[i].gradient_bytes for i in node.inputs if i >= 0
+            )
+            if room:
+                events.append((wires[index], 0, room, 0))
+            events += [(wire, -size, 0, 0) for wire, size in freed.get(index, ())]
+        columns = [list(column) for column in zip(*events, strict=True)] or [[], [], [], []]
+        self._event_wires, self._event_bytes, self._event_room, self._event_gradients = columns
+
+
+def _name_targets(graph: ModelGraph) -> list[str]:
+    """For every parameter, what to say of a gradient that is on its way there."""
+    owners: dict[str, str] = {}
+    for layer in graph.layers:
+        for name in layer.parameters:
+            owners.setdefault(graph.canonical_names[name], layer.path)
+    own = "the model's own parameters"
+    return [
+        f"gradients pass through to {owners[p.name] or own}, which is trained"
+        for p in graph.parameters
+    ]

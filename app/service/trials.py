@@ -1,0 +1,65 @@
+"""Verbs that try things on a model before a job: the four mechanisms side by side."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from sqlmodel import Session
+
+from app.freezing.config import config_document, parse_config
+from app.freezing.errors import InvalidDocument
+from app.service.documents import CONFIG_ROW_MEMBERS, Document, collecting, members
+from app.service.models import Models
+from app.sources.spec import parse_dataset_spec, spec_document
+from app.store import catalog, files
+from app.store.tables import Model, Task
+from app.training.recipe import parse_recipe, recipe_document
+
+TRIALS_KEPT = 50
+MAX_STEPS = 100
+
+
+class Trials(Models):
+    """Verbs that try things on a model."""
+
+    def compare_mechanisms(self, model_id: int, doc: Mapping[str, Any]) -> Document:
+        """Have a worker train a few steps under each mechanism; the task that does is answered.
+
+        Args:
+            doc: a freeze config, and optionally `dataset` (otherwise the model's own example is
+                trained on) and `training`: optimizer, rate, decay, momentum, clipping, batch size,
+                seed, and `max_steps`, 5 where it is not given.
+        """
+        graph = self.read_graph(model_id)
+        errors: list[tuple[str, str]] = []
+        given = members(doc, drop=("dataset", "training", *CONFIG_ROW_MEMBERS))
+        spec: Document = {"kind": "mechanisms", **self._surroundings()}
+        with collecting(errors):
+            spec["config"] = config_document(parse_config(given), graph)
+            if not spec["config"]["trainable"]:
+                message = "Nothing is trainable under this freeze config. Unfreeze something."
+                raise InvalidDocument([("rules", message)])
+        with collecting(errors):
+            recipe = parse_recipe(doc.get("training") or {})
+            spec["training"] = {**recipe_document(recipe), "max_steps": recipe.max_steps or 5}
+            if not 2 <= spec["training"]["max_steps"] <= MAX_STEPS:
+                message = f"'max_steps' must be from 2 to {MAX_STEPS} here: a few steps tell."
+                raise InvalidDocument([("training.max_steps", message)])
+        with collecting(errors):
+            if doc.get("dataset") is not None:
+                spec["dataset"] = spec_document(parse_dataset_spec(doc["dataset"], **self._dirs()))
+        if errors:
+            raise InvalidDocument(errors)
+
+        def add(session: Session) -> tuple[int, list[int]]:
+            model = session.get_one(Model, model_id)
+            task = Task(kind="mechanisms", model_id=model_id, spec={**spec, "model": model.spec})
+            session.add(task)
+            session.flush()
+            assert task.id is not None
+            return task.id, catalog.drop_tasks(session, "mechanisms", TRIALS_KEPT)
+
+        task_id, dropped = self._db.write(add)
+        for old in dropped:
+            files.remove_folder(files.task_folder(self._settings.data_dir, old))
+        self._runner.wake()
+        return {"id": task_id, "kind": "mechanisms", "model_id": model_id, "state": "queued"}

@@ -1,0 +1,175 @@
+"""The workbench as it is shown: tree, rules, plan and training form for one choice; no HTML."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+
+from fastapi import Request
+
+from app.freezing.assume import OPTIMIZER_STATE, PRECISIONS
+from app.freezing.config import match_names, parse_config
+from app.freezing.errors import InvalidDocument
+from app.freezing.graph import ModelGraph
+from app.freezing.presets import PRESETS
+from app.web.pages import tree
+from app.web.pages.entries import Document, part_of
+from app.web.pages.training_form import COLUMN, form_fields
+from app.web.pages.workbench import ASSUMED, Choice, assumption, shown_entries
+from app.web.render import shell
+from app.web.views import (
+    EntryRow,
+    Fault,
+    Field,
+    MatchesView,
+    Measure,
+    PlanPanel,
+    Preset,
+    WorkbenchView,
+)
+
+ASSUME_CHOICES = {"optimizer": tuple(OPTIMIZER_STATE), "precision": PRECISIONS}
+
+
+def build_view(
+    request: Request,
+    model: Document,
+    graph: ModelGraph,
+    choice: Choice,
+    plan: Document,
+    saved: Sequence[Document] = (),
+    faults: Sequence[Fault] = (),
+    plan_before: Document | None = None,
+) -> WorkbenchView:
+    """The whole page for one choice, given the plan that it leads to.
+
+    Args:
+        plan_before: the plan that the page shows already; the states are those that differ.
+    """
+    states = tree.read_states(graph, plan)
+    found = None
+    if choice.search:
+        rows, found = tree.find_rows(graph, states, choice.search)
+        places: Iterable[tree.Place] = tree.find_places(graph, choice.search)[0]
+    else:
+        opened = tree.first_open(graph) if choice.opened is None else choice.opened
+        rows = tree.list_rows(graph, states, opened)
+        places = tree.list_places(graph, opened)
+    before = tree.read_states(graph, plan_before) if plan_before else states
+    first, more = form_fields(choice.training, faults)
+    shown = {field.name for field in first if field.fault}
+    shown |= {field.name for _, fields in more for field in fields if field.fault}
+    return WorkbenchView(
+        shell=shell(request, str(model.get("name") or model["uri"]), "models"),
+        model=model,
+        tree=rows,
+        search=choice.search,
+        found=found,
+        rules=entry_rows(choice, "rule", graph),
+        phases=entry_rows(choice, "phase", graph),
+        groups=entry_rows(choice, "group", graph),
+        mechanism=choice.policies["mechanism"],
+        norm_statistics=choice.policies["norm_statistics"],
+        dropout=choice.policies["dropout"],
+        plan=plan_panel(graph, plan),
+        assume=assume_fields(choice),
+        states=json.dumps(tree.changed_states(before, states, places), separators=(",", ":")),
+        address=choice.address(),
+        base=choice.base,
+        config_name=choice.config_name or str((choice.base or {}).get("name") or ""),
+        is_changed=choice.is_changed,
+        presets=list_presets(len(tree.outline(graph).blocks)),
+        fields=first,
+        more_fields=more,
+        columns=[(f"train.{k}", v) for k, v in choice.training.items() if k.startswith(COLUMN)],
+        # A fault that stands beside its input is not said a second time.
+        faults=[f for f in faults if not _field_names(f) & shown],
+        saved=saved,
+    )
+
+
+def _field_names(fault: Fault) -> set[str]:
+    last = fault.field.rpartition(".")[2]
+    return {f"train.{last}", "train.dataset" if fault.field.startswith("dataset") else ""}
+
+
+def list_presets(block_count: int) -> list[Preset]:
+    """Every preset, with the number of blocks that it takes, as far as the model has any."""
+    limits = {"last-blocks": block_count, "first-blocks": block_count, "one-block": block_count - 1}
+    return [Preset(key, label, limits.get(key), key == "one-block") for key, label in PRESETS]
+
+
+def count_rule(graph: ModelGraph, action: str, text: str) -> MatchesView:
+    """How many tensors a rule covers, or why it cannot be used."""
+    if not text.strip():
+        return MatchesView("")
+    try:
+        rule = parse_config({"rules": [part_of("rule", (action, text))]}).rules[0]
+    except InvalidDocument as error:
+        return MatchesView(text, fault=str(error))
+    names = match_names(rule, graph)
+    return MatchesView(text, len(names), sum(graph.by_name[name].numel for name in names))
+
+
+def entry_rows(choice: Choice, kind: str, graph: ModelGraph) -> list[EntryRow]:
+    rows = []
+    for entry, fault in shown_entries(choice, kind):
+        counted = count_rule(graph, "freeze", entry[-1])
+        rows.append(EntryRow(entry, counted.tensors, counted.numel, fault or counted.fault))
+    return rows
+
+
+def assume_fields(choice: Choice) -> list[Field]:
+    """What the plan assumes, to be said otherwise; what is left empty follows the training form."""
+    used, faults = assumption(choice)
+    fields = []
+    for name in ASSUMED:
+        choices = ASSUME_CHOICES.get(name, ())
+        said = choice.assumed.get(name, "")
+        fields.append(
+            Field(
+                f"assume.{name}",
+                name.replace("_", " "),
+                said,
+                str(used.get(name, "as traced")),
+                choices=(("", *choices) if choices else ()),
+                numeric=not choices,
+                fault=faults.get(name, ""),
+            )
+        )
+    return fields
+
+
+def plan_panel(graph: ModelGraph, plan: Document) -> PlanPanel:
+    """The right side of the workbench from a plan document."""
+    cost, full = plan["cost"], plan["cost"].get("full") or {}
+    sizes = {p.name: p.numel for p in graph.parameters}
+    weights = sum(p.nbytes for p in graph.parameters)
+    step, peak = full.get("step_flops"), full.get("peak_bytes")
+
+    def measure(label: str, key: str, whole: float | None) -> Measure:
+        return Measure(label, cost.get(key), full.get(key), whole)
+
+    return PlanPanel(
+        trainable_numel=sum(sizes[name] for name in plan["trainable"]),
+        frozen_numel=sum(sizes[name] for name in plan["frozen"]),
+        trainable_tensors=len(plan["trainable"]),
+        frozen_tensors=len(plan["frozen"]),
+        speedup_bound=cost.get("speedup_bound"),
+        predicted_step_ms=cost.get("predicted_step_ms"),
+        flops=(
+            measure("forward", "forward_flops", step),
+            measure("backward", "backward_flops", step),
+            measure("step", "step_flops", step),
+        ),
+        memory=(
+            Measure("weights", weights, weights, peak),
+            measure("gradients", "gradient_bytes", peak),
+            measure("optimizer", "optimizer_bytes", peak),
+            measure("saved activations", "activation_bytes", peak),
+            measure("peak", "peak_bytes", peak),
+        ),
+        fits=cost.get("fits") or {},
+        assumed={k: v for k, v in (cost.get("assumed") or {}).items() if k in ASSUMED and v},
+        warnings=plan["warnings"],
+    )
