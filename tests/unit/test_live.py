@@ -222,13 +222,16 @@ def test_what_is_unfrozen_may_have_a_rate_and_a_warm_up_of_its_own(tmp_path: Pat
 
 
 def test_an_edit_may_name_a_warm_up_and_is_replayed_with_it(tmp_path: Path) -> None:
-    edit = {"rules": [rule("unfreeze", "layer1")], "warmup_steps": 3, "lr_scale": 0.5}
+    rules = [rule("unfreeze", "layer1"), rule("freeze", "layer2")]
+    edit = {"rules": rules, "warmup_steps": 3, "lr_scale": 0.5}
     _, live = run(
         make("plain")[0], make_data((6,)), tmp_path / "live", config=freeze("layer1"),
         listen=edit_after({3: [edit]}),
     )  # fmt: skip
     (told,) = live.of("freeze")
-    assert told["config"]["schedule"][0]["warmup_steps"] == 3
+    unfreezes, freezes = told["config"]["schedule"]
+    assert (unfreezes["warmup_steps"], unfreezes["lr_scale"]) == (3, 0.5)
+    assert "warmup_steps" not in freezes
     run(make("plain")[0], make_data((6,)), tmp_path / "replay", config=told["config"])
     assert digest(tmp_path / "live", 9) == digest(tmp_path / "replay", 9)
 
