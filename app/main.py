@@ -19,7 +19,19 @@ from app.store.lock import DataFolderHeld, Holder, hold_data_folder, read_holder
 from app.web import api, errors, guard
 from app.web.audit import AuditLog
 from app.web.limits import FailedLogins, OpenStreams
-from app.web.pages import configs, jobs, login, models, patterns, preview, system
+from app.web.pages import (
+    compare,
+    configs,
+    imports,
+    job,
+    jobs,
+    login,
+    models,
+    patterns,
+    preview,
+    sweeps,
+    system,
+)
 
 __all__ = ["DataFolderHeld", "Holder", "create_app", "read_holder"]
 
@@ -73,7 +85,9 @@ def create_app(settings: Settings) -> FastAPI:
     app.state.settings = settings
     errors.install(app)
     app.include_router(api.router)
-    for page in (login, models, preview, configs, jobs, system, patterns):
+    for page in (
+        login, models, preview, imports, configs, jobs, job, compare, sweeps, system, patterns
+    ):  # fmt: skip
         app.include_router(page.router)
     app.mount("/static", StaticFiles(directory=STATIC), name="static")
     guard.check_declared(app)

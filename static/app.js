@@ -4,8 +4,8 @@ import { startLive } from "./live.js";
 
 const islands = {
   "[data-workbench]": () => import("./workbench.js").then((module) => module.startWorkbench),
-  "[data-charts]": () => import("./charts.js").then((module) => module.startCharts),
-  "[data-compare]": () => import("./charts.js").then((module) => module.startCompare),
+  "[data-charts]": () => import("./metrics.js").then((module) => module.startCharts),
+  "[data-compare]": () => import("./metrics.js").then((module) => module.startCompare),
   "[data-heatmap]": () => import("./heatmap.js").then((module) => module.startHeatmap),
 };
 
@@ -43,7 +43,7 @@ document.addEventListener("submit", async (event) => {
     start(document.querySelector("main"));
     return;
   }
-  document.body.dispatchEvent(new Event(document.querySelector("[data-job]") ? "job:status" : "jobs:changed"));
+  document.body.dispatchEvent(new Event(form.dataset.quick || (document.querySelector("[data-job]") ? "job:status" : "jobs:changed")));
 });
 
 // One menu at a time, closed by Escape or a click elsewhere.

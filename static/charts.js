@@ -1,33 +1,63 @@
-// Line charts of a job's metrics with uPlot: buckets with their spikes, zoom asks the server for more, live jobs grow.
+// Line charts with uPlot: buckets with their spikes, zoom and pan that ask for more, log by hand, marks of what changed.
 import uPlot from "./vendor/uplot.js";
 
-const POINTS = 600;
 const HEIGHT = 190;
-const SERIES = ["series-1", "series-2", "series-3", "series-4", "series-5", "series-6"];
-const TITLES = { lr: "learning rate", grad_norm_total: "gradient norm, all layers" };
+export const SERIES = ["series-1", "series-2", "series-3", "series-4", "series-5", "series-6"];
 
 export const css = (name) => getComputedStyle(document.documentElement).getPropertyValue(`--${name}`).trim();
-const isNumber = (value) => typeof value === "number" && Number.isFinite(value);
+export const isNumber = (value) => typeof value === "number" && Number.isFinite(value);
+export const brief = (value) => (Math.abs(value) >= 1e5 || (value && Math.abs(value) < 1e-3) ? value.toExponential(2).replace(/\.?0+e/, "e") : String(Number(value.toPrecision(4))));
 
-// "loss", "eval/new/accuracy" → the panel they share: what they measure.
-const quantity = (name) => name.split("/").at(-1);
-const label = (name) => {
-  const parts = name.split("/");
-  if (parts.length < 3) return name === "loss" ? "training" : "each step";
-  return parts[1] === "eval" ? "held out" : parts[1];
-};
+export async function read(address, query = {}) {
+  const response = await fetch(`${address}?${new URLSearchParams(query)}`);
+  if (!response.ok) throw new Error(`${address} answered ${response.status}`);
+  return response.json();
+}
 
-class Chart {
-  constructor(parent, title, refetch) {
+// The glyphs of frozen and trained, for canvases.
+export function glyph(context, action, x, y, size) {
+  const r = size / 2;
+  context.beginPath();
+  if (action === "freeze") {
+    for (let i = 0; i < 3; i++) {
+      const [dx, dy] = [Math.cos((i * Math.PI) / 3 + Math.PI / 2) * r, Math.sin((i * Math.PI) / 3 + Math.PI / 2) * r];
+      context.moveTo(x - dx, y - dy);
+      context.lineTo(x + dx, y + dy);
+    }
+    context.stroke();
+  } else {
+    context.moveTo(x, y - r);
+    context.quadraticCurveTo(x + r * 1.3, y + r * 0.5, x, y + r);
+    context.quadraticCurveTo(x - r * 1.3, y + r * 0.5, x, y - r);
+    context.fill();
+  }
+}
+
+export class Chart {
+  // ask(range): zoomed to [from, to], or to everything with null. A chart of whole steps asks the server.
+  constructor(parent, title, { ask = () => {}, log = false, unit = "step", wide = false } = {}) {
+    this.ask = ask;
     this.title = title;
-    this.refetch = refetch;
+    this.unit = unit;
+    this.isLog = false;
+    this.zoom = null;
+    this.marks = [];
+    this.lines = [];
     this.element = document.createElement("figure");
-    this.element.className = "chart";
-    this.element.innerHTML = "<figcaption></figcaption><div></div>";
-    this.element.firstChild.textContent = title;
+    this.element.className = wide ? "chart wide" : "chart";
+    this.element.innerHTML = '<figcaption><span></span><span class="note"></span><button type="button" class="quiet" aria-pressed="false" hidden>log</button><button type="button" class="quiet" hidden>whole</button></figcaption><div class="plot" tabindex="0" role="group"></div>';
+    [this.caption, this.lost, this.logButton, this.wholeButton] = this.element.firstChild.children;
+    this.caption.textContent = title;
+    this.logButton.hidden = !log;
+    this.logButton.setAttribute("aria-label", `log: ${title} on a logarithmic axis`);
+    this.wholeButton.setAttribute("aria-label", `whole: all steps of ${title}`);
+    this.box = this.element.lastChild;
     parent.append(this.element);
-    this.names = "";
-    new ResizeObserver(() => this.plot?.setSize({ width: this.width, height: HEIGHT })).observe(this.element);
+    this.logButton.addEventListener("click", () => this.setLog(!this.isLog));
+    this.wholeButton.addEventListener("click", () => this.zoomTo(null));
+    this.box.addEventListener("keydown", (event) => this.steer(event));
+    this.resized = new ResizeObserver(() => this.plot && this.plot.width !== this.width && this.plot.setSize({ width: this.width, height: HEIGHT }));
+    this.resized.observe(this.element);
     document.addEventListener("theme:changed", () => this.rebuild());
   }
 
@@ -35,41 +65,66 @@ class Chart {
     return Math.max(this.element.clientWidth, 200);
   }
 
-  // lines: [{label, steps, values, min, max}]
-  show(lines) {
+  setLog(isLog) {
+    this.isLog = isLog;
+    this.logButton.setAttribute("aria-pressed", isLog);
+    this.show(this.lines);
+  }
+
+  // On a log axis of its own uPlot hangs for some ranges: we draw logarithms on a linear one, and label powers of ten.
+  level(value) {
+    if (!isNumber(value)) return null;
+    if (!this.isLog) return value;
+    return value > 0 ? Math.log10(value) : null;
+  }
+
+  // lines: [{label, steps, values, min, max, color}]; marks: [{step, action, words}]
+  show(lines, marks = this.marks) {
     this.lines = lines;
-    const tables = lines.map((line) => [line.steps, line.max, line.min, line.values].map((column, i) => (i ? column.map((v) => (isNumber(v) ? v : null)) : column)));
-    this.data = uPlot.join(tables);
-    const names = lines.map((line) => line.label).join("\n");
-    if (names !== this.names) {
-      this.names = names;
+    this.marks = marks;
+    const tables = lines.map((line) => [line.steps, ...[line.max, line.min, line.values].map((column) => column.map((v) => this.level(v)))]);
+    this.data = tables.length ? uPlot.join(tables) : [[]];
+    this.lostAt = lines.flatMap((line) => line.steps.filter((_, i) => [line.min[i], line.max[i], line.values[i]].some((v) => v !== null && !isNumber(v))));
+    this.lost.textContent = this.lostAt.length ? `${this.lostAt.length} not finite` : "";
+    this.lost.classList.toggle("fault", this.lostAt.length > 0);
+    const built = `${lines.map((line) => line.label).join("\n")}${this.isLog}`;
+    if (built !== this.built) {
+      this.built = built;
       this.rebuild();
-    } else if (!this.zoom) {
-      this.plot.setData(this.data);
     } else {
-      this.plot.setData(this.data, false);
+      this.plot.setData(this.data, !this.zoom);
     }
-    const lost = lines.reduce((sum, line) => sum + line.values.filter((v) => v !== null && !isNumber(v)).length, 0);
-    this.element.firstChild.textContent = lost ? `${this.title}, ${lost} not finite` : this.title;
+    this.box.setAttribute("aria-label", this.describe());
+  }
+
+  describe() {
+    const ends = this.lines.map((line) => {
+      const numbers = line.values.filter(isNumber);
+      return numbers.length ? `${line.label} from ${brief(numbers[0])} to ${brief(numbers.at(-1))}` : `${line.label} without a value`;
+    });
+    return `${this.title}: ${ends.join("; ")}. Arrow keys read, plus and minus zoom, 0 shows all.`;
   }
 
   rebuild() {
     if (!this.data) return;
     this.plot?.destroy();
+    const zoom = this.zoom;
     const axis = { stroke: css("muted"), grid: { stroke: css("grid"), width: 1 }, ticks: { show: false }, font: `11px ${css("sans")}`, gap: 4 };
+    const shown = (value) => (this.isLog ? 10 ** value : value);
     // Without a cursor the legend reads the newest value, so that nothing jumps when one comes.
-    const read = (plot, value, index) => {
-      const shown = value ?? plot.data[index].findLast((v) => v != null);
-      return shown == null ? "–" : Number(shown.toPrecision(4));
+    const value = (plot, raw, index) => {
+      const level = raw ?? plot.data[index].findLast((v) => v != null);
+      return level == null ? "–" : brief(shown(level));
     };
-    const series = [{ label: "step", value: (plot, value) => value ?? plot.data[0].at(-1) ?? "–" }];
+    const whole = (raw) => (raw == null ? "–" : Number(raw.toFixed(2)).toLocaleString());
+    const series = [{ label: this.unit, value: (plot, raw) => whole(raw ?? plot.data[0].at(-1)) }];
     const bands = [];
     this.lines.forEach((line, i) => {
       const color = css(SERIES[line.color ?? i % SERIES.length]);
       const first = series.length;
-      for (const edge of ["max", "min"]) series.push({ label: `${line.label} ${edge}`, stroke: color + "55", width: 1, points: { show: false }, spanGaps: true, class: "edge" });
-      series.push({ label: line.label, stroke: color, width: 1.5, spanGaps: true, points: { show: line.steps.length < 30, size: 4, fill: color }, value: read });
-      bands.push({ series: [first, first + 1], fill: color + "22" });
+      for (const edge of ["max", "min"]) series.push({ label: `${line.label} ${edge}`, stroke: `${color}55`, width: 1, points: { show: false }, spanGaps: true, class: "edge" });
+      series.push({ label: line.label, stroke: color, width: 1.5, dash: line.color === undefined && i >= SERIES.length ? [6, 4] : undefined, spanGaps: true, points: { show: line.steps.length < 30, size: 4, fill: color }, value });
+      bands.push({ series: [first, first + 1], fill: `${color}22` });
     });
     this.plot = new uPlot(
       {
@@ -77,121 +132,109 @@ class Chart {
         height: HEIGHT,
         series,
         bands,
-        axes: [{ ...axis, size: 26 }, { ...axis, size: 48, values: (_, ticks) => ticks.map((v) => (Math.abs(v) >= 1e5 || (v && Math.abs(v) < 1e-3) ? v.toExponential(0) : Number(v.toPrecision(6)))) }],
+        axes: [{ ...axis, size: 26 }, { ...axis, size: 52, values: (_, ticks) => ticks.map((v) => (this.isLog && v % 1 ? "" : brief(shown(v)))) }],
         scales: { x: { time: false, range: (_, low, high) => [low, high > low ? high : low + 1] } },
-        cursor: { drag: { x: true, y: false, setScale: false }, points: { size: 6 } },
+        cursor: { drag: { x: true, y: false, setScale: false }, points: { size: 6 }, bind: { dblclick: () => () => this.zoomTo(null), mousedown: (_, target, handler) => (event) => (event.shiftKey ? this.pan(event) : handler(event)) } },
         hooks: {
           setSelect: [(plot) => plot.select.width > 4 && this.zoomTo([plot.posToVal(plot.select.left, "x"), plot.posToVal(plot.select.left + plot.select.width, "x")])],
-          ready: [(plot) => plot.over.addEventListener("dblclick", () => this.zoomTo(null))],
+          draw: [(plot) => this.mark(plot)],
         },
       },
       this.data,
-      this.element.lastChild,
+      this.box,
     );
     this.plot.root.querySelector("table")?.setAttribute("role", "presentation");
+    if (zoom) this.plot.setScale("x", { min: zoom[0], max: zoom[1] });
+  }
+
+  // Where something was frozen or unfrozen, and where a value was no number.
+  mark(plot) {
+    const { ctx: context, bbox } = plot;
+    const ratio = devicePixelRatio || 1;
+    const place = (step) => plot.valToPos(step, "x", true);
+    const isInside = (x) => x >= bbox.left && x <= bbox.left + bbox.width;
+    context.save();
+    context.lineWidth = ratio;
+    for (const mark of this.marks) {
+      const x = place(mark.step);
+      if (!isInside(x)) continue;
+      context.strokeStyle = context.fillStyle = css(mark.action === "freeze" ? "ice" : "ember");
+      context.setLineDash([3 * ratio, 3 * ratio]);
+      context.beginPath();
+      context.moveTo(x, bbox.top + 12 * ratio);
+      context.lineTo(x, bbox.top + bbox.height);
+      context.stroke();
+      context.setLineDash([]);
+      glyph(context, mark.action, x, bbox.top + 6 * ratio, 9 * ratio);
+    }
+    context.strokeStyle = css("bad");
+    context.lineWidth = 1.5 * ratio;
+    context.beginPath();
+    for (const step of this.lostAt) {
+      const [x, y, r] = [place(step), bbox.top + bbox.height - 5 * ratio, 3 * ratio];
+      if (!isInside(x)) continue;
+      context.moveTo(x - r, y - r);
+      context.lineTo(x + r, y + r);
+      context.moveTo(x + r, y - r);
+      context.lineTo(x - r, y + r);
+    }
+    context.stroke();
+    context.restore();
+  }
+
+  // ---- moving about
+  get range() {
+    return [this.plot.scales.x.min, this.plot.scales.x.max];
   }
 
   zoomTo(range) {
     this.zoom = range;
+    this.wholeButton.hidden = !range;
     this.plot.setSelect({ left: 0, width: 0 }, false);
     if (range) this.plot.setScale("x", { min: range[0], max: range[1] });
-    this.refetch(range && [Math.floor(range[0]), Math.ceil(range[1])]);
-  }
-}
-
-// One panel a quantity, in the order people read them.
-function panels(metrics) {
-  const grouped = new Map([["loss", []], ["accuracy", []]]);
-  for (const name of Object.keys(metrics)) {
-    if (!metrics[name].steps.length) continue;
-    const key = quantity(name);
-    if (!grouped.has(key)) grouped.set(key, []);
-    grouped.get(key).push(name);
-  }
-  const last = grouped.get("lr");
-  if (grouped.delete("lr")) grouped.set("lr", last); // the least telling one stands last
-  for (const names of grouped.values()) names.sort((a, b) => (b === "loss") - (a === "loss"));
-  return [...grouped].filter(([, names]) => names.length);
-}
-
-async function read(address, query) {
-  const response = await fetch(`${address}?${new URLSearchParams(query)}`);
-  if (!response.ok) throw new Error(`${address} answered ${response.status}`);
-  return response.json();
-}
-
-export function startCharts(section) {
-  const address = section.dataset.charts;
-  const parent = section.querySelector(".charts");
-  const charts = new Map();
-  let metrics = {};
-  let busy = false;
-  let again = false;
-
-  function draw(shown, only) {
-    for (const [key, names] of panels(shown)) {
-      if (only && key !== only) continue;
-      parent.querySelector(".waiting")?.remove();
-      if (!charts.has(key)) charts.set(key, new Chart(parent, TITLES[key] ?? key, (range) => zoom(key, range)));
-      charts.get(key).show(names.map((name) => ({ label: label(name), color: colorOf(label(name)), ...shown[name] })));
-    }
+    else this.plot.setData(this.data);
+    clearTimeout(this.asking);
+    this.asking = setTimeout(() => this.ask(range && [Math.floor(range[0]), Math.ceil(range[1])]), range ? 120 : 0);
   }
 
-  // A set keeps its colour in every panel.
-  const sets = ["training", "held out"];
-  function colorOf(set) {
-    if (set === "each step") return 0;
-    if (!sets.includes(set)) sets.push(set);
-    return sets.indexOf(set) % SERIES.length;
+  pan(event) {
+    event.preventDefault();
+    const [low, high] = this.range;
+    const scale = (high - low) / this.plot.over.clientWidth;
+    const move = (next) => {
+      const by = (event.clientX - next.clientX) * scale;
+      this.zoomTo([low + by, high + by]);
+    };
+    const end = () => {
+      removeEventListener("pointermove", move);
+      removeEventListener("pointerup", end);
+    };
+    addEventListener("pointermove", move);
+    addEventListener("pointerup", end);
   }
 
-  async function zoom(key, range) {
-    if (!range) return draw(metrics, key);
-    draw(await read(address, { points: POINTS, from: range[0], to: range[1] }), key);
+  steer(event) {
+    const [low, high] = this.range;
+    const span = high - low;
+    const moves = {
+      "+": [low + span / 4, high - span / 4],
+      "-": [low - span / 2, high + span / 2],
+      PageUp: [low - span / 2, high - span / 2],
+      PageDown: [low + span / 2, high + span / 2],
+    };
+    if (event.key === "0") this.zoomTo(null);
+    else if (event.key in moves) this.zoomTo(moves[event.key]);
+    else if (["ArrowLeft", "ArrowRight"].includes(event.key)) {
+      const last = this.data[0].length - 1;
+      const at = (this.plot.cursor.idx ?? last) + (event.key === "ArrowLeft" ? -1 : 1);
+      this.plot.setCursor({ left: this.plot.valToPos(this.data[0][Math.max(0, Math.min(at, last))], "x"), top: HEIGHT / 2 });
+    } else return;
+    event.preventDefault();
   }
 
-  // What is new is appended at full resolution; when that grows too long, the whole comes again in buckets.
-  async function refresh() {
-    if (busy) return void (again = true);
-    busy = true;
-    const longest = Math.max(0, ...Object.values(metrics).map((series) => series.steps.length));
-    const newest = Math.max(-1, ...Object.values(metrics).map((series) => series.steps.at(-1) ?? -1));
-    if (newest < 0 || longest > 2 * POINTS) {
-      metrics = await read(address, { points: POINTS });
-    } else {
-      append(metrics, await read(address, { points: POINTS, from: newest }));
-    }
-    draw(Object.fromEntries(Object.entries(metrics).filter(([name]) => !charts.get(quantity(name))?.zoom)));
-    busy = false;
-    if (again) {
-      again = false;
-      refresh();
-    }
-  }
-
-  document.body.addEventListener("job:numbers", refresh);
-  refresh();
-}
-
-function append(metrics, more) {
-  for (const [name, fresh] of Object.entries(more)) {
-    const known = (metrics[name] ??= { steps: [], min: [], max: [], values: [] });
-    const last = known.steps.at(-1) ?? -1;
-    fresh.steps.forEach((step, i) => {
-      if (step <= last) return;
-      known.steps.push(step);
-      for (const key of ["min", "max", "values"]) known[key].push(fresh[key][i]);
-    });
-  }
-}
-
-export async function startCompare(section) {
-  const names = section.dataset.names.split("\n");
-  const all = await Promise.all(section.dataset.compare.split(" ").map((address) => read(address, { points: POINTS })));
-  const parent = section.querySelector(".charts");
-  const shared = [...new Set(all.flatMap((metrics) => Object.keys(metrics)))].filter((name) => !["lr", "grad_norm_total"].includes(name));
-  for (const name of shared) {
-    const chart = new Chart(parent, name.includes("/") || name === "loss" ? `${quantity(name)}, ${label(name)}` : name, () => {});
-    chart.show(all.map((metrics, i) => ({ label: names[i], ...(metrics[name] ?? { steps: [], min: [], max: [], values: [] }) })));
+  remove() {
+    this.resized.disconnect();
+    this.plot?.destroy();
+    this.element.remove();
   }
 }

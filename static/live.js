@@ -1,84 +1,149 @@
-// One event stream while the page can be seen; what arrives becomes DOM events that htmx and the charts listen to.
+// What pages do about the stream of all jobs: signals to their parts, "reconnecting", and word of jobs that ended.
 
-const QUIET_MS = 500;
+const LIVE = ["queued", "starting", "running", "paused", "stopping"];
+const WISH = "frostline-notify";
 
-// At most one signal of a name per interval, the last one never lost.
-function throttled(name) {
+// At most one signal of a name per interval, the last one never lost; none while the page is hidden.
+function throttled(name, interval) {
   let timer = 0;
   let sentAt = -Infinity;
   const send = () => {
     timer = 0;
+    if (document.hidden) return;
     sentAt = performance.now();
     document.body.dispatchEvent(new Event(name));
   };
   return () => {
-    if (!timer) timer = setTimeout(send, Math.max(0, sentAt + QUIET_MS - performance.now()));
+    if (!timer) timer = setTimeout(send, Math.max(0, sentAt + interval - performance.now()));
   };
 }
 
-function follow(address, handlers) {
-  let source = null;
-  const open = () => {
-    if (source || document.hidden) return;
-    source = new EventSource(address);
-    // What happened between the page and the stream, or while the connection was lost.
-    source.addEventListener("open", () => handlers.resume());
-    for (const [name, handler] of Object.entries(handlers)) source.addEventListener(name, handler);
-    // The stream of a finished job ends by itself: ask once more, and do not knock again.
-    source.onerror = () => {
-      if (handlers.isOver?.()) close();
-    };
-  };
-  const close = () => {
-    source?.close();
-    source = null;
-  };
-  // Hidden tabs hold no connection: a browser allows six to one server, and people keep eight tabs.
+// One connection for all tabs by a shared worker; a browser without them has one a tab.
+async function connect(root, hear) {
+  const self = () => ({ kind: "tab", visible: !document.hidden, focused: document.hasFocus() });
+  let say;
+  if ("SharedWorker" in window) {
+    const worker = new SharedWorker(`${root}/static/shared-stream.js?root=${encodeURIComponent(root)}`, { type: "module", name: "frostline" });
+    worker.port.onmessage = ({ data }) => hear(data);
+    say = (message) => worker.port.postMessage(message);
+  } else {
+    const { join, listen } = await import("./shared-stream.js");
+    join(hear, root);
+    say = (message) => listen(hear, message);
+  }
+  say(self());
+  for (const event of ["focus", "blur"]) window.addEventListener(event, () => say(self()));
   document.addEventListener("visibilitychange", () => {
-    if (document.hidden) return close();
-    if (handlers.isOver?.()) return;
-    open();
-    handlers.resume();
+    say(self());
+    if (!document.hidden && !document.getElementById("connection").hidden) say({ kind: "knock" });
   });
-  window.addEventListener("pagehide", close);
-  // A job that had ended and was resumed on this page moves again.
-  document.addEventListener("htmx:afterSwap", () => {
-    if (source || document.hidden || !handlers.isOver || handlers.isOver()) return;
-    open();
-    handlers.resume();
+  window.addEventListener("pagehide", () => say({ kind: "leave" }));
+  window.addEventListener("pageshow", (event) => event.persisted && say(self()));
+}
+
+// ---- the connection, as far as somebody must know of it
+function startBanner() {
+  const banner = document.getElementById("connection");
+  let timer = 0;
+  return (kind) => {
+    clearTimeout(timer);
+    if (kind === "open") banner.hidden = true;
+    // A blink of the network is nobody's business.
+    else timer = setTimeout(() => {
+      banner.querySelector("[data-lost]").hidden = kind !== "lost";
+      banner.querySelector("[data-signed-out]").hidden = kind !== "signed-out";
+      banner.hidden = false;
+    }, kind === "lost" ? 1200 : 0);
+  };
+}
+
+// ---- jobs that ended
+const WORDS = { succeeded: "has succeeded", stopped: "has stopped", failed: "has failed", interrupted: "was interrupted" };
+const named = (job) => job.name || `Job ${job.id}`;
+const wantsNotices = () => "Notification" in window && Notification.permission === "granted" && localStorage.getItem(WISH) === "yes";
+
+function announce(root, { job, outside }) {
+  const address = `${root}/jobs/${job.id}`;
+  if (outside && wantsNotices()) {
+    const notice = new Notification(`${named(job)} ${WORDS[job.state]}`, { body: job.error?.message ?? `${job.step} steps`, tag: `frostline-${job.id}`, icon: `${root}/static/icon.svg` });
+    notice.onclick = () => {
+      window.focus();
+      location.assign(address);
+    };
+  }
+  if (location.pathname === address) return; // that page says it itself
+  const toast = document.getElementById("toast").content.firstElementChild.cloneNode(true);
+  const link = toast.querySelector("a");
+  link.href = address;
+  link.textContent = named(job);
+  toast.querySelector("span").textContent = WORDS[job.state];
+  if (job.state === "failed") toast.classList.add("bad");
+  toast.querySelector("button").addEventListener("click", () => toast.remove());
+  document.getElementById("toasts").append(toast);
+  if (job.state !== "failed") setTimeout(() => toast.remove(), 12_000);
+}
+
+function startWish(button) {
+  const show = () => button.setAttribute("aria-pressed", wantsNotices());
+  button.hidden = !("Notification" in window) || Notification.permission === "denied";
+  button.addEventListener("click", async () => {
+    const wants = !wantsNotices() && (await Notification.requestPermission()) === "granted";
+    localStorage.setItem(WISH, wants ? "yes" : "no");
+    show();
   });
-  open();
+  show();
+}
+
+// ---- what the parts of a page are told
+function jobSignals(id) {
+  const status = throttled("job:status", 500);
+  const numbers = throttled("job:numbers", 500);
+  const slow = [throttled("job:log", 1500), throttled("job:side", 3000)];
+  const now = [status, numbers, throttled("job:log", 0), throttled("job:side", 0), throttled("job:tree", 0)];
+  let state = document.querySelector("[data-job]").dataset.state;
+  return {
+    all: () => now.forEach((signal) => signal()),
+    hear(job) {
+      if (job.id !== id) return;
+      if (job.state !== state) {
+        state = job.state;
+        return this.all();
+      }
+      [status, numbers, ...slow].forEach((signal) => signal());
+    },
+  };
+}
+
+function listSignals() {
+  const signals = [throttled("jobs:changed", 700), throttled("sweep:curves", 2500)];
+  const list = () => signals.forEach((signal) => signal());
+  const rows = new Map();
+  return {
+    all: list,
+    hear(job) {
+      // A row of its own asks for itself alone; a job that is not listed may have to be.
+      const row = document.getElementById(`job-${job.id}`);
+      if (!row?.hasAttribute("hx-get") || (row.dataset.state !== job.state && !LIVE.includes(job.state))) return list();
+      if (!rows.has(job.id)) rows.set(job.id, throttled(`job-${job.id}:changed`, 1000));
+      rows.get(job.id)();
+    },
+  };
 }
 
 export function startLive() {
   const root = document.body.dataset.root;
+  for (const button of document.querySelectorAll("[data-notify]")) startWish(button);
+  if (!document.getElementById("connection")) return;
   const job = document.querySelector("[data-job]");
-  if (job) {
-    const status = throttled("job:status");
-    const numbers = throttled("job:numbers");
-    const side = throttled("job:side");
-    const log = throttled("job:log");
-    const all = () => [status, numbers, side, log].forEach((signal) => signal());
-    const ended = ["stopped", "failed", "interrupted", "succeeded"];
-    const isOver = () => ended.includes(document.getElementById("status").dataset.state);
-    follow(`${root}/api/jobs/${job.dataset.job}/events?cursor=now`, {
-      state: all,
-      metrics: () => (numbers(), status()),
-      layers: () => (numbers(), status()),
-      proof: side,
-      log,
-      resume: all,
-      isOver,
-    });
-    return;
-  }
-  const list = document.querySelector("[data-live-list]");
-  if (list) {
-    const changed = throttled("jobs:changed");
-    follow(`${root}/api/events?cursor=now`, { state: changed, resume: changed });
-    // Progress is not an event of the stream of all jobs: ask while one of them moves.
-    setInterval(() => {
-      if (!document.hidden && document.querySelector("[data-live-list=running]")) changed();
-    }, 1500);
-  }
+  const page = job ? jobSignals(Number(job.dataset.job)) : document.querySelector("[data-live-list]") ? listSignals() : null;
+  const banner = startBanner();
+  connect(root, (message) => {
+    if (message.kind === "state") page?.hear(message.job);
+    else if (message.kind === "ended") announce(root, message);
+    else {
+      banner(message.kind);
+      if (message.kind === "open") page?.all(); // what happened before, or while it was lost
+    }
+  });
+  document.addEventListener("visibilitychange", () => !document.hidden && page?.all());
 }

@@ -16,6 +16,7 @@ const icons = [
   "octagon-alert", "check", "x", "shield-check", "shield-alert", "shield-ellipsis", "save", "copy", "clock", "moon",
   "log-out", "link-2", "minus", "lock", "keyboard", "arrow-right", "arrow-up", "arrow-down", "pencil", "info",
   "git-compare", "layers", "eye", "file-braces", "sparkles", "list-checks", "chevron-up",
+  "bell", "refresh-cw", "zoom-in", "zoom-out", "maximize", "file-text", "trophy",
 ];
 
 mkdirSync(target, { recursive: true });

@@ -23,6 +23,7 @@ _KINDS = (
     "checkpoint",
     "checkpoint_deleted",
     "freeze",
+    "inspection",
 )
 _NUMBERS = {kind: number for number, kind in enumerate(_KINDS, start=1)}
 _MEASURES = ("grad_norm", "update_norm", "weight_norm")

@@ -1,5 +1,6 @@
 """Attends the tasks: what a worker finds out beside the jobs, in a slot of its own; one attempt."""
 
+import shutil
 import signal
 from pathlib import Path
 from typing import Any
@@ -89,7 +90,11 @@ class Tasks:
             self._processes.signal(directory, task.pid, signal.SIGKILL)
 
     def _keep(self, task: Task, directory: Path) -> None:
-        """Keep what a task found: an inspection's graph; others leave it in their folder."""
+        """Keep what a task found: a graph or a calibration; all else stays in the task's folder."""
+        if task.kind == "calibrate":
+            path = files.timing_path(self._settings.data_dir, task.model_id or 0)
+            shutil.copyfile(directory / job_folder.FOUND, path.with_suffix(".part"))
+            path.with_suffix(".part").replace(path)
         if task.kind != "inspect":
             self._db.write(lambda s: _end(s, task, "succeeded", Ending("succeeded")))
             return

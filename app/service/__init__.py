@@ -3,14 +3,14 @@
 from app.service.datasets import Datasets
 from app.service.documents import Conflict, Document, NotFound
 from app.service.ground import RunnerStatus
-from app.service.records import Records
+from app.service.sweeps import Sweeps
 from app.service.system import System
 from app.service.trials import Trials
 
 __all__ = ["Conflict", "Document", "NotFound", "RunnerStatus", "Service"]
 
 
-class Service(Trials, Records, Datasets, System):
+class Service(Trials, Sweeps, Datasets, System):
     """The verbs: synchronous, and callable from any thread.
 
     They take and give JSON-ready documents in the contract's shapes; a number that is not finite is

@@ -124,6 +124,21 @@ class Configs(Models):
             model_id, adopt_names(config, graph) if accept == "names" else config
         )
 
+    def review_import(self, model_id: int, doc: Mapping[str, Any]) -> Document:
+        """What an import would store, and the names that differ, without storing anything.
+
+        Returns:
+            ``config``: the document as its rules expand on this model; ``names``: likewise where
+            its lists count; ``differing``: as `differing_names` has them.
+        """
+        config = parse_config(members(doc, drop=CONFIG_ROW_MEMBERS))
+        graph = self.read_graph(model_id)
+        return {
+            "config": self._expand(model_id, config),
+            "names": self._expand(model_id, adopt_names(config, graph)),
+            "differing": differing_names(config, graph),
+        }
+
     def _expand(self, model_id: int, config: FreezeConfig) -> Document:
         """A config's document on that model: its names listed, the model named."""
         try:

@@ -10,12 +10,12 @@ from sqlmodel import Session
 
 from app.freezing.errors import MAX_FAULTS, InvalidDocument, describe_unknown
 from app.store import catalog, jobs
-from app.store.tables import Attempt, FreezeConfigRow, Job, Model, Task
+from app.store.tables import Attempt, FreezeConfigRow, Job, Model, Sweep, Task
 
 Document = dict[str, Any]
-Row = TypeVar("Row", Model, FreezeConfigRow, Job, Task)
+Row = TypeVar("Row", Model, FreezeConfigRow, Job, Task, Sweep)
 
-NOUNS = {Model: "model", FreezeConfigRow: "config", Job: "job", Task: "task"}
+NOUNS = {Model: "model", FreezeConfigRow: "config", Job: "job", Task: "task", Sweep: "sweep"}
 # Members that a saved config has beside those of the freeze config itself.
 CONFIG_ROW_MEMBERS = (
     "id", "model_id", "created_at", "updated_at", "frozen_count", "trainable_count",
@@ -226,12 +226,14 @@ def _describe_job(job: Job, attempt: Attempt | None, position: int | None) -> Do
         "notes": job.notes,
         "model_id": job.model_id,
         "config_id": job.config_id,
+        "sweep_id": job.sweep_id,
         **{key: job.spec[key] for key in ("model", "config", "dataset", "training")},
         "step": job.step,
         "total_steps": job.total_steps,
         "epoch": job.epoch,
         "eta_seconds": eta,
         "step_ms": job.step_ms,
+        "peak_bytes": attempt and (attempt.peak_device_bytes or attempt.peak_bytes),
         "measure_percent": _percent(job.measure_ms, job.step_ms),
         "error": error_document(job),
         "worker_pid": attempt.pid if attempt is not None and is_live else None,

@@ -49,6 +49,18 @@ class Jobs(Configs):
 
     def launch_job(self, doc: Mapping[str, Any]) -> Document:
         """Queue a training run or an evaluation."""
+        fields = self._read_launch(doc)
+
+        def add(session: Session) -> Document:
+            find_row(session, Model, fields["model_id"])  # not deleted in between
+            return job_document(session, jobs.add_job(session, **fields))
+
+        document = self._db.write(add)
+        self._runner.wake()
+        return document
+
+    def _read_launch(self, doc: Mapping[str, Any]) -> Document:
+        """The columns of the job that a document asks for."""
         errors: list[tuple[str, str]] = []
         with collecting(errors):
             check_members(doc, JOB_MEMBERS)
@@ -76,15 +88,8 @@ class Jobs(Configs):
             "training": training,
             **self._surroundings(),
         }
-
-        def add(session: Session) -> Document:
-            find_row(session, Model, model_id)  # not deleted in between
-            fields = {"model_id": model_id, "config_id": config_id, "config": config, **given}
-            return job_document(session, jobs.add_job(session, kind=kind, spec=spec, **fields))
-
-        document = self._db.write(add)
-        self._runner.wake()
-        return document
+        row = {"kind": kind, "spec": spec, "model_id": model_id}
+        return {**row, "config_id": config_id, "config": config, **given}
 
     def _read_training(self, doc: Any) -> Document:
         recipe = parse_recipe({} if doc is None else doc)

@@ -7,11 +7,13 @@ from pathlib import Path
 
 from sqlmodel import Session
 
+from app.freezing.config import config_document, parse_config
 from app.freezing.errors import InvalidDocument, show_value
 from app.freezing.globs import compile_match
 from app.jobs import folder as job_folder
 from app.service.documents import (
     NO_PROOF,
+    Conflict,
     Document,
     NotFound,
     find_row,
@@ -20,6 +22,7 @@ from app.service.documents import (
 from app.service.export import export_csv, export_json
 from app.service.jobs import Jobs
 from app.service.news import Event, Place, find_end, read_all_news, read_job_news
+from app.service.timeline import describe_timeline, rules_now
 from app.store import charts, files, jobs, samples
 from app.store.tables import Job, Proof
 from app.training.places import checkpoint_path, checkpoint_steps
@@ -81,6 +84,31 @@ class Records(Jobs):
     def read_job_config(self, job_id: int) -> Document:
         with self._db.read() as session:
             return find_row(session, Job, job_id).config
+
+    def read_freeze(self, job_id: int) -> Document:
+        """What is frozen in a job now, and at which steps that changed."""
+        with self._db.read() as session:
+            job = find_row(session, Job, job_id)
+            attempts = jobs.list_attempts(session, job_id)
+        return describe_timeline(
+            job, attempts, parse_config(job.config), self.read_graph(job.model_id)
+        )
+
+    def plan_job(self, job_id: int, *, now: bool = False) -> Document | None:
+        """The plan of a job's config as it began, or with what changed since; None without one."""
+        with self._db.read() as session:
+            job = find_row(session, Job, job_id)
+        training, config = job.spec["training"], parse_config(job.config)
+        asked = config_document(rules_now(job, config) if now else config)
+        assume = {key: training[key] for key in ("batch_size", "optimizer", "precision")}
+        try:
+            return self.make_plan(job.model_id, {**asked, "assume": assume})
+        except Conflict:
+            return None  # the model's inspection is gone; what the job recorded is not
+
+    def count_layers(self, job_id: int) -> int:
+        with self._db.read() as session:
+            return len(samples.read_layers(session, job_id))
 
     def list_checkpoints(self, job_id: int) -> list[Document]:
         """Complete checkpoints, oldest first.

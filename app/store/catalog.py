@@ -5,9 +5,9 @@ from typing import TypeVar
 
 from sqlmodel import Session, col, delete, select
 
-from app.store.tables import FreezeConfigRow, Job, Login, Model, Task, utc_now
+from app.store.tables import FreezeConfigRow, Job, Login, Model, Sweep, Task, utc_now
 
-Row = TypeVar("Row", Model, FreezeConfigRow)
+Row = TypeVar("Row", Model, FreezeConfigRow, Sweep)
 
 
 def list_newest(

@@ -7,7 +7,7 @@ from sqlalchemy import text, update
 from sqlalchemy.orm import defer
 from sqlmodel import Session, col, delete, select
 
-from app.store.tables import Attempt, Job, Layer, Proof, Series, utc_now
+from app.store.tables import Attempt, Job, Layer, Proof, Series, Sweep, utc_now
 
 TRANSITIONS: Mapping[str, frozenset[str]] = {
     "queued": frozenset({"starting", "stopped"}),
@@ -75,6 +75,12 @@ def list_jobs(session: Session, limit: int, before: int | None = None) -> Sequen
     return session.exec(query if before is None else query.where(col(Job.id) < before)).all()
 
 
+def jobs_of_sweep(session: Session, sweep_id: int) -> Sequence[Job]:
+    """A sweep's jobs, in the order in which they were asked for."""
+    query = select(Job).options(_WITHOUT_CONFIG).where(Job.sweep_id == sweep_id)
+    return session.exec(query.order_by(col(Job.id))).all()
+
+
 def jobs_changed_since(session: Session, version: int, limit: int = 100) -> Sequence[Job]:
     query = select(Job).options(_WITHOUT_CONFIG).where(Job.version > version)
     return session.exec(query.order_by(col(Job.version)).limit(limit)).all()
@@ -97,6 +103,12 @@ def live_attempts(session: Session) -> Sequence[tuple[Job, Attempt]]:
     query = select(Job, Attempt).options(_WITHOUT_CONFIG)
     query = query.join(Attempt, col(Attempt.job_id) == Job.id)
     return session.exec(query.where(col(Attempt.ended_at).is_(None))).all()
+
+
+def list_attempts(session: Session, job_id: int) -> Sequence[Attempt]:
+    """A job's attempts, oldest first."""
+    query = select(Attempt).where(Attempt.job_id == job_id).order_by(col(Attempt.number))
+    return session.exec(query).all()
 
 
 def living_attempt(session: Session, job: Job) -> Attempt | None:
@@ -218,6 +230,8 @@ def delete_job(session: Session, job: Job) -> None:
         session.exec(delete(table).where(col(table.job_id) == job.id))
     session.delete(job)
     session.flush()
+    if job.sweep_id is not None and not jobs_of_sweep(session, job.sweep_id):
+        session.exec(delete(Sweep).where(col(Sweep.id) == job.sweep_id))
 
 
 def delete_leftovers(session: Session, limit: int = 100_000) -> bool:

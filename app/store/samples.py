@@ -77,6 +77,8 @@ def ingest(
                 progress["verdict"] = payload["verdict"]
             case "freeze":
                 progress |= _follow_edit(job, attempt, progress, payload)
+            case "inspection":
+                _mark_layers(connection, job.id, payload)
             case "state":
                 _acknowledge(session, job, payload["state"])
     _insert_metrics(connection, job.id, metrics)
@@ -115,6 +117,15 @@ def _begin(session: Session, job_id: int, payload: Mapping[str, Any]) -> dict[st
     known = ("total_steps", "step", "device_name", "device_bytes", "train_size", "warnings")
     told = {key: payload[key] for key in known if key in payload}
     return told | {"step_ms": None, "measure_ms": None}
+
+
+def _mark_layers(connection: Connection, job_id: int, payload: Mapping[str, Any]) -> None:
+    """What an exact pass found out about each layer, in the place of what the one before found."""
+    marks = zip(payload["unreached"], payload["lost"], strict=True)
+    connection.exec_driver_sql(
+        "UPDATE layer SET unreached = ?, lost = ? WHERE job_id = ? AND position = ?",
+        [(unreached, lost, job_id, i) for i, (unreached, lost) in enumerate(marks)],
+    )
 
 
 def _acknowledge(session: Session, job: Job, state: str) -> None:

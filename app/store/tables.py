@@ -75,6 +75,7 @@ class Job(SQLModel, table=True):
         spec: what the worker is told, without the config.
         config: the freeze config as trained, with its names expanded.
         wish: what the user wants of the living attempt: running, hold, release or stop.
+        sweep_set: the name of its freeze set in the sweep that it belongs to.
         attempt: number of the newest attempt, 0 before the first.
         priority: jobs with a higher one start first; among equals the lower `place` does.
         place: the version with which it was queued: grows with time, whatever the clock does.
@@ -92,6 +93,8 @@ class Job(SQLModel, table=True):
     state: str = Field(default="queued", index=True)
     model_id: int = Field(foreign_key="model.id", index=True)
     config_id: int | None = None
+    sweep_id: int | None = Field(default=None, foreign_key="sweep.id", index=True)
+    sweep_set: str | None = None
     name: str = ""
     notes: str = ""
     spec: dict[str, Any] = Field(sa_column=Column(JSON, nullable=False))
@@ -120,6 +123,19 @@ class Job(SQLModel, table=True):
     created_at: str = Field(default_factory=utc_now)
     started_at: str | None = None
     ended_at: str | None = None
+
+
+class Sweep(SQLModel, table=True):
+    """Several jobs that differ in what they freeze alone; which they are, their rows say."""
+
+    __tablename__ = "sweep"
+    __table_args__ = _NEVER_REUSED
+
+    id: int | None = Field(default=None, primary_key=True)
+    name: str = ""
+    notes: str = ""
+    model_id: int = Field(foreign_key="model.id")
+    created_at: str = Field(default_factory=utc_now)
 
 
 class Attempt(SQLModel, table=True):

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from app.freezing.config import FreezeConfig
+from app.freezing.measure import LayerStats
 from app.freezing.proof import Proof
 from app.sources.datasets import Data
 from app.sources.models import BuiltModel
@@ -225,6 +226,7 @@ class _Run:
             self.data, self.recipe, self.device, self.stepper.measure.layers,
             total_steps=self.total_steps, step=self.step, resumed=resumed,
         )  # fmt: skip
+        start["estimated"] = self.stepper.measure.estimated
         start["warnings"] += unmatched_words(self.config, freeze.graph)
         for line in begin_words(start, freeze.frozen, self.steps_per_epoch):
             self._say(line)
@@ -268,6 +270,7 @@ class _Run:
         """Follow the wish of the moment; comes back when it is to go on, stop or release."""
         wish = self.wishes()
         if wish.state == "hold":
+            self._tell_stats(self.stepper.measure.finish())
             self.emit("state", {"state": "paused", "seq": wish.seq})
             while wish.state == "hold":  # another process's file: there is nothing to wait on
                 self._take_edits(wish)
@@ -324,15 +327,25 @@ class _Run:
         now = time.perf_counter()
         step_ms, self.last_step_at = (now - self.last_step_at) * 1e3, now
         self.elapsed_s += step_ms / 1e3
-        self._report(record.values, step_ms)
-        if record.stats is not None:
-            self.emit("layers", asdict(record.stats))
+        self._tell_stats(record.stats)
+        self._report(record.values, step_ms, measure_ms=record.measure_ms)
+        if record.inspection is not None:
+            found = record.inspection
+            self.emit("inspection", {k: getattr(found, k) for k in ("step", "unreached", "lost")})
         if record.unreached:
             names = ", ".join(record.unreached)
             self._say(f"Step {self.step}: unfrozen, but no gradient comes to {names}.")
 
+    def _tell_stats(self, known: Sequence[LayerStats]) -> None:
+        for stats in known:
+            self.emit("layers", asdict(stats))
+
     def _report(
-        self, values: Mapping[str, float], step_ms: float | None, step: int | None = None
+        self,
+        values: Mapping[str, float],
+        step_ms: float | None,
+        step: int | None = None,
+        measure_ms: float | None = None,
     ) -> None:
         epoch, batch = divmod(self.batches.position, self.batches.per_epoch)
         seen = min(batch * self.recipe.batch_size, self.batches.size) / self.batches.size
@@ -341,6 +354,7 @@ class _Run:
             "epoch": epoch + seen,
             "values": dict(values),
             "step_ms": step_ms,
+            "measure_ms": measure_ms,
             "elapsed_s": self.elapsed_s,
         }
         self.emit("metrics", payload)
@@ -417,6 +431,7 @@ class _Run:
 
     def save(self, *, final: bool = False, whole: bool = False) -> None:
         """Prove, then write a checkpoint where this state has none, then let the oldest go."""
+        self._tell_stats(self.stepper.measure.finish())
         if self.proved != self._standing():
             self.prove()
         if not self._is_saved(whole):

@@ -26,6 +26,8 @@ class Recipe:
         checkpoint_every: likewise; None: only at the end.
         patience: stop after so many evaluations without a lower loss; None never does.
         stats_every: record layer statistics each so many steps.
+        measures: which of them: ``all``, with the updates of large tensors estimated between exact
+            passes; ``exact``; ``gradients`` alone; ``none``.
         proof_every: check the proof each so many steps; None: with each evaluation. At every
             checkpoint, after every change of what is frozen, and at the end in any case.
         implementation: of the optimizer: torch's own choice, or one of those it has.
@@ -56,6 +58,7 @@ class Recipe:
     keep_last: int = 3
     patience: int | None = None
     stats_every: int = 1
+    measures: str = "all"
     device: str = "auto"
     proof_every: int | None = None
     implementation: str = "auto"
@@ -131,6 +134,8 @@ OPTIONS: tuple[Option, ...] = (
            minimum=1, maximum=10**6, optional=True),
     Option("stats_every", "int", "Record layer statistics each so many steps.",
            minimum=1, maximum=10**9),
+    Option("measures", "choice", "What to measure of each layer: all, all exact, gradients, none.",
+           choices=("all", "exact", "gradients", "none")),
     Option("device", "device", "auto takes a GPU where there is one; else cpu, cuda or cuda:N."),
     Option("proof_every", "int", "Check the proof each so many steps; empty: with each evaluation.",
            minimum=1, maximum=10**9, optional=True),

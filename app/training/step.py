@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Callable, Iterable, Mapping
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +13,7 @@ import torch
 
 from app.freezing.apply import Freeze
 from app.freezing.errors import InvalidDocument
-from app.freezing.measure import LayerMeasure, LayerStats
+from app.freezing.measure import Inspection, LayerMeasure, LayerStats
 from app.freezing.trace import trace_model
 from app.sources.models import BuiltModel
 from app.training.batches import count_examples, move_batch
@@ -41,11 +43,19 @@ class StaleGraph(RuntimeError):
 
 @dataclass(frozen=True)
 class StepRecord:
-    """What one optimizer step has to tell; `stats` only where they were due."""
+    """What one optimizer step has to tell.
+
+    Attributes:
+        stats: layer measures known by now; from a device those of the step measured before.
+        inspection: what an exact pass found, in the few steps that have one.
+        measure_ms: what measuring took; on a device, what it took to ask for it.
+    """
 
     values: dict[str, float]
-    stats: LayerStats | None
+    stats: list[LayerStats]
+    inspection: Inspection | None
     unreached: list[str]
+    measure_ms: float
 
 
 class Stepper:
@@ -71,7 +81,9 @@ class Stepper:
         self.optimizer = make_optimizer(groups, recipe)
         self.scaler = torch.amp.GradScaler(device.type, enabled=recipe.precision == "fp16")
         self.autocast = choose_autocast(recipe, device)
-        self.measure = LayerMeasure(freeze.graph, freeze.parameters)
+        self.measure = LayerMeasure(
+            freeze.graph, freeze.parameters, is_exact=recipe.measures == "exact"
+        )
         self.skipped: dict[str, int] = {}
         self._forward: Callable[..., Any] = prepare_forward(built.model, recipe, compile_backend)
         self._expected: list[str] = []
@@ -91,7 +103,9 @@ class Stepper:
         loss = self._accumulate(window)
         if self.scaler.is_enabled():
             self._unscale()
-        total_norm = self.measure.read_gradients(self._freeze.frozen)
+        self._measure_s = 0.0
+        with self._clock():
+            total_norm = self.measure.read_gradients(self._freeze.frozen)
         loss_value, norm_value = torch.stack([loss.double(), total_norm]).tolist()  # the one sync
         if not self._is_sound(loss_value, norm_value, step):
             self._skip("nonfinite")
@@ -102,17 +116,37 @@ class Stepper:
         if recipe.max_grad_norm is not None:
             values["clip_factor"] = self._clip(total_norm, norm_value, recipe.max_grad_norm)
         self._freeze.hold_gradients()
-        is_measured = step % recipe.stats_every == 0
-        if is_measured:
-            self.measure.copy_weights()
+        turn, between = divmod(step, recipe.stats_every)
+        is_measured = between == 0 and recipe.measures != "none"
+        if is_measured and recipe.measures != "gradients":
+            with self._clock():
+                self.measure.before_update(turn)
         if not self._step_optimizer():
             self._skip("amp")
             return None
-        stats = self.measure.read_updates(step) if is_measured else None
+        stats, inspection = self._measure(step) if is_measured else ([], None)
         self._clear_gradients()
         values |= {f"{why}_skipped": float(count) for why, count in self.skipped.items()}
         self.skipped = {}
-        return StepRecord(values, stats, unreached)
+        if inspection is not None:
+            if inspection.estimate_error is not None:
+                values["update_norm_error"] = inspection.estimate_error
+            if inspection.lost_share is not None:
+                values["lost_updates"] = inspection.lost_share
+        return StepRecord(values, stats, inspection, unreached, self._measure_s * 1e3)
+
+    def _measure(self, step: int) -> tuple[list[LayerStats], Inspection | None]:
+        with self._clock():
+            if self._recipe.measures == "gradients":
+                return [self.measure.tell_gradients(step)], None
+            return self.measure.after_update(step), self.measure.inspection
+
+    @contextlib.contextmanager
+    def _clock(self) -> Iterator[None]:
+        """Counts what is done under it as measuring."""
+        began = time.perf_counter()
+        yield
+        self._measure_s += time.perf_counter() - began
 
     def expect(self, names: Iterable[str]) -> None:
         """These are trainable from the next step on: look whether gradients really come."""

@@ -18,7 +18,7 @@ from markupsafe import Markup
 
 from app import __version__
 from app.freezing.errors import InvalidDocument
-from app.web import views
+from app.web.job_views import Shell
 
 TEMPLATES = Path(__file__).resolve().parents[2] / "templates"
 LONGEST_ADDRESS = 16_000
@@ -118,9 +118,9 @@ def root_path(request: Request) -> str:
     return str(request.scope.get("root_path", "")).rstrip("/")
 
 
-def shell(request: Request, title: str, section: str = "") -> views.Shell:
+def shell(request: Request, title: str, section: str = "") -> Shell:
     """The frame of a page; `request` gives the address that login and links return to."""
-    return views.Shell(title=title, section=section, path=request.url.path)
+    return Shell(title=title, section=section, path=request.url.path)
 
 
 # ------------------------------------------------------------------------------- words for values

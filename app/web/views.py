@@ -7,20 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from app.freezing.config import DROPOUT_POLICIES, MECHANISMS, NORM_POLICIES
-
-LIVE_STATES = ("queued", "starting", "running", "paused", "stopping")
-ENDED_STATES = ("stopped", "failed", "interrupted", "succeeded")
+from app.web.job_views import JobView, Shell
 
 Document = Mapping[str, Any]
-
-
-@dataclass(frozen=True, slots=True)
-class Shell:
-    """The frame around every page: `section` is the marked entry of the navigation."""
-
-    title: str
-    section: str = ""
-    path: str = "/"
 
 
 @dataclass(frozen=True, slots=True)
@@ -318,13 +307,31 @@ class MatchesView:
 
 
 @dataclass(frozen=True, slots=True)
+class Change:
+    """One thing that an import would change, where its rules count and where its names do."""
+
+    label: str
+    by_rules: Sequence[str]
+    by_names: Sequence[str]
+
+
+@dataclass(frozen=True, slots=True)
 class ImportView:
-    """An imported freeze config whose names differ from what its rules give on this model."""
+    """A freeze config to be imported. `now` is the address of what the workbench shows.
+
+    Attributes:
+        config: the document as its rules expand on this model; None before one was given.
+        differences: names on which its lists and its rules disagree, by kind.
+    """
 
     shell: Shell
     model: Document
-    document: str
+    now: str = ""
+    document: str = ""
+    config: Document | None = None
+    is_other_model: bool = False
     differences: Sequence[tuple[str, Sequence[str]]] = ()
+    changes: Sequence[Change] = ()
     faults: Sequence[Fault] = ()
 
 
@@ -333,152 +340,37 @@ class ConfigsView:
     shell: Shell
     configs: Sequence[Document]
     models: Mapping[int, Document]
-
-
-# -------------------------------------------------------------------------------------------- jobs
-
-
-@dataclass(frozen=True, slots=True)
-class JobView:
-    """One job as pages speak of it; `document` is what the interface answers for it."""
-
-    document: Document
-    loss: str = ""
-
-    @property
-    def id(self) -> int:
-        return int(self.document["id"])
-
-    @property
-    def state(self) -> str:
-        return str(self.document["state"])
-
-    @property
-    def kind(self) -> str:
-        return str(self.document.get("kind") or "train")
-
-    @property
-    def name(self) -> str:
-        return str(self.document.get("name") or f"Job {self.id}")
-
-    @property
-    def notes(self) -> str:
-        return str(self.document.get("notes") or "")
-
-    @property
-    def model_uri(self) -> str:
-        return str((self.document.get("model") or {}).get("uri", ""))
-
-    @property
-    def dataset_uri(self) -> str:
-        return str((self.document.get("dataset") or {}).get("uri", ""))
-
-    @property
-    def frozen_count(self) -> int:
-        """Frozen parameter tensors when it began."""
-        return int((self.document.get("config") or {}).get("frozen_count") or 0)
-
-    @property
-    def tensor_count(self) -> int:
-        config = self.document.get("config") or {}
-        return self.frozen_count + int(config.get("trainable_count") or 0)
-
-    @property
-    def frozen_share(self) -> float | None:
-        return self.frozen_count / self.tensor_count if self.tensor_count else None
-
-    @property
-    def progress(self) -> float | None:
-        total = self.document.get("total_steps")
-        return min(self.document.get("step", 0) / total, 1.0) if total else None
-
-    @property
-    def is_live(self) -> bool:
-        return self.state in LIVE_STATES
-
-    @property
-    def can_stop(self) -> bool:
-        return self.state in ("queued", "starting", "running", "paused")
-
-    @property
-    def can_pause(self) -> bool:
-        return self.state == "running" and self.kind == "train"
-
-    @property
-    def can_resume(self) -> bool:
-        return self.state == "paused" or (
-            self.state in ENDED_STATES and self.state != "succeeded" and self.kind == "train"
-        )
-
-    @property
-    def resume_word(self) -> str:
-        has_begun = self.state != "failed" or self.document.get("step")
-        return "Resume" if has_begun else "Try again"
-
-    @property
-    def can_train_on(self) -> bool:
-        """Whether it got to its end, and goes on only to a later one."""
-        return self.state == "succeeded" and self.kind == "train"
-
-    @property
-    def end_option(self) -> str:
-        """The training option that says where it ends."""
-        return "max_steps" if self.document["training"].get("max_steps") else "epochs"
-
-    @property
-    def samples_per_second(self) -> float | None:
-        step_ms = self.document.get("step_ms")
-        training = self.document.get("training") or {}
-        batch = training.get("batch_size")
-        if not step_ms or not batch:
-            return None
-        return 1000.0 * batch * (training.get("grad_accumulation") or 1) / step_ms
-
-
-@dataclass(frozen=True, slots=True)
-class JobsView:
-    shell: Shell
-    jobs: Sequence[JobView]
-    has_models: bool = True
-
-    @property
-    def is_live(self) -> bool:
-        return any(job.is_live for job in self.jobs)
-
-
-@dataclass(frozen=True, slots=True)
-class JobPageView:
-    shell: Shell
-    job: JobView
-    config: Document
-    options: Sequence[tuple[str, Any]]
-    rerun_address: str
     message: str = ""
-    proof: Document | None = None
-    checkpoints: Sequence[Document] = ()
-    log: str = ""
-    log_is_cut: bool = False
 
 
 @dataclass(frozen=True, slots=True)
-class CompareRow:
+class Pair:
+    """One thing said of two freeze configs."""
+
     label: str
-    values: Sequence[Any]
-    best: Sequence[bool] = ()
+    values: Sequence[str]
 
     @property
     def differs(self) -> bool:
-        return any(value != self.values[0] for value in self.values)
+        return self.values[0] != self.values[1]
 
 
 @dataclass(frozen=True, slots=True)
-class CompareView:
+class CompareConfigsView:
+    """Two saved freeze configs side by side, each planned on its own model.
+
+    Attributes:
+        rows: (heading, rows) of figures and policies.
+        rules: the rules, phases and groups of each, as they are typed.
+        only: names that one freezes and the other does not, by side.
+    """
+
     shell: Shell
-    jobs: Sequence[JobView]
-    settings: Sequence[CompareRow] = ()
-    results: Sequence[CompareRow] = ()
-    choices: Sequence[JobView] = ()
-    message: str = ""
+    configs: Sequence[Document]
+    models: Sequence[Document]
+    rows: Sequence[tuple[str, Sequence[Pair]]]
+    rules: Sequence[Sequence[str]]
+    only: Sequence[Sequence[str]]
 
 
 # ------------------------------------------------------------------------------------------ others

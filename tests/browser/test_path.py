@@ -130,9 +130,11 @@ def test_presets_save_download_and_import(page: Page, tmp_path: Path) -> None:
     assert document["name"] == "head only"
     assert all(name.startswith("fc.") for name in document["trainable"])
     page.get_by_role("link", name="Import").click()
-    page.locator('input[type="file"]').set_input_files(path)
-    page.get_by_role("button", name="Import").click()
-    page.wait_for_url(re.compile(r"config=\d+"))
+    page.get_by_label("a file").set_input_files(path)
+    page.get_by_role("button", name="Show what it changes").click()
+    expect(page.get_by_role("main")).to_contain_text("freezes what is frozen there already")
+    page.get_by_role("button", name="Import and open").click()
+    page.wait_for_url(re.compile(r"/models/\d+\?config=\d+$"))
     expect(box(page, "layer3")).to_have_attribute("aria-checked", "true")
     document["frozen"], document["trainable"] = (
         document["frozen"][1:],
@@ -142,11 +144,14 @@ def test_presets_save_download_and_import(page: Page, tmp_path: Path) -> None:
         ],
     )
     page.get_by_role("link", name="Import").click()
-    page.locator('[name="document"]').fill(json.dumps(document))
-    page.get_by_role("button", name="Import").click()
+    page.get_by_label("or pasted JSON").fill(json.dumps(document))
+    page.get_by_role("button", name="Show what it changes").click()
     expect(page.get_by_role("alert")).to_contain_text("Nothing is stored yet")
+    expect(page.get_by_role("row", name="become trainable")).to_contain_text(
+        document["trainable"][0]
+    )
     page.get_by_role("button", name="Keep the names").click()
-    page.wait_for_url(re.compile(r"config=\d+"))
+    page.wait_for_url(re.compile(r"/models/\d+\?config=\d+$"))
     expect(box(page, "")).to_have_attribute("aria-checked", "mixed")
 
 

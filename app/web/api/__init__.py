@@ -3,7 +3,7 @@
 from fastapi import APIRouter
 
 from app.web import stream
-from app.web.api import configs, datasets, docs, health, jobs, models, tasks
+from app.web.api import configs, datasets, docs, health, jobs, models, reports, sweeps, tasks
 
 router = APIRouter(
     prefix="/api",
@@ -14,5 +14,5 @@ router = APIRouter(
         }
     },
 )
-for part in (health, models, configs, datasets, jobs, tasks, docs, stream):
+for part in (health, models, configs, datasets, jobs, sweeps, reports, tasks, docs, stream):
     router.include_router(part.router)

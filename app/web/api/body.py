@@ -139,3 +139,9 @@ def takes(**example: Any) -> Document:
     """The OpenAPI words for a body that a route reads by itself."""
     schema = {"type": "object", "example": example}
     return {"requestBody": {"content": {"application/json": {"schema": schema}}}}
+
+
+def gives(*media_types: str) -> dict[int | str, Document]:
+    """The OpenAPI words for an answer that is a file and not JSON."""
+    content = {media_type: {"schema": {"type": "string"}} for media_type in media_types}
+    return {200: {"description": "The file.", "content": content}}

@@ -5,7 +5,7 @@ from urllib.parse import quote
 
 from fastapi import APIRouter, Depends, Query, Response
 
-from app.web.api.body import Answer, Body, Id, Limit, OptionalId, Verbs, takes
+from app.web.api.body import Answer, Body, Id, Limit, OptionalId, Verbs, gives, takes
 from app.web.api.models import RULES
 from app.web.guard import signed_in
 
@@ -45,7 +45,7 @@ def delete_config(service: Verbs, config_id: Id) -> Response:
     return Response(status_code=204)
 
 
-@router.get("/{config_id}/download")
+@router.get("/{config_id}/download", responses=gives("application/json", "text/x-python"))
 def download_config(
     service: Verbs,
     config_id: Id,

@@ -18,6 +18,7 @@ from app.web.api.body import (
     OptionalId,
     StepId,
     Verbs,
+    gives,
     takes,
 )
 from app.web.api.configs import attachment
@@ -119,6 +120,12 @@ async def change_freeze(service: Verbs, job_id: Id, body: Body) -> Answer:
     return Answer(edit, 202)
 
 
+@router.get("/{job_id}/freeze")
+def read_freeze(service: Verbs, job_id: Id) -> Answer:
+    """What is frozen now, and at which steps that changed."""
+    return Answer(service.read_freeze(job_id))
+
+
 # --------------------------------------------------------------------------------- what it recorded
 
 
@@ -162,13 +169,13 @@ def read_job_config(service: Verbs, job_id: Id) -> Answer:
     return Answer(service.read_job_config(job_id))
 
 
-@router.get("/{job_id}/log")
+@router.get("/{job_id}/log", responses=gives("text/plain"))
 def read_log(service: Verbs, job_id: Id, after: After = 0) -> Response:
     """What the job printed, from a byte on."""
     return PlainTextResponse(service.read_log(job_id, after))
 
 
-@router.get("/{job_id}/export")
+@router.get("/{job_id}/export", responses=gives("text/csv", "application/json"))
 def export_job(service: Verbs, job_id: Id, format_: Format = "csv") -> Response:
     """Metrics and layer statistics as a file."""
     filename, media_type, content = service.export_job(job_id, format_)
@@ -184,7 +191,10 @@ def list_checkpoints(service: Verbs, job_id: Id) -> Answer:
     return Answer(service.list_checkpoints(job_id))
 
 
-@router.get("/{job_id}/checkpoints/{step}/model.safetensors")
+@router.get(
+    "/{job_id}/checkpoints/{step}/model.safetensors",
+    responses=gives("application/octet-stream"),
+)
 def download_checkpoint(service: Verbs, job_id: Id, step: StepId) -> Response:
     """The weights of one checkpoint."""
     path = service.checkpoint_file(job_id, step)

@@ -8,9 +8,7 @@ from dataclasses import replace
 from typing import Any
 from urllib.parse import parse_qsl, urlencode
 
-from fastapi import APIRouter, Depends, Request, Response, UploadFile
-from fastapi.responses import HTMLResponse
-from starlette.concurrency import run_in_threadpool
+from fastapi import APIRouter, Depends, Request, Response
 from starlette.datastructures import FormData
 
 from app.freezing.config import config_document
@@ -24,7 +22,7 @@ from app.web.pages.jobs import view_jobs
 from app.web.pages.training_form import suggest_training
 from app.web.pages.workbench_view import build_view, count_rule
 from app.web.render import redirect, render_block, render_page, shell
-from app.web.views import Fault, ImportView, ModelsView, WorkbenchView
+from app.web.views import Fault, ModelsView, WorkbenchView
 
 router = APIRouter(dependencies=[Depends(signed_in)], include_in_schema=False)
 
@@ -271,6 +269,14 @@ def save_config(
     return redirect(request, f"/models/{model_id}?{query}")
 
 
+def show_faults(
+    request: Request, model_id: int, choice: workbench.Choice, error: InvalidDocument
+) -> Response:
+    """The workbench again, with what is wrong beside its field."""
+    view = _build(request, model_id, choice, tuple(faults_of(error)))
+    return render_page(request, "workbench.html", view, 422)
+
+
 @router.post("/models/{model_id}/jobs")
 def start_job(
     request: Request, model_id: int, items: list[tuple[str, str]] = Depends(form_items)
@@ -280,56 +286,5 @@ def start_job(
     try:
         job = service_of(request).launch_job(workbench.job_request(choice, model_id, kind))
     except InvalidDocument as error:
-        view = _build(request, model_id, choice, tuple(faults_of(error)))
-        return render_page(request, "workbench.html", view, 422)
+        return show_faults(request, model_id, choice, error)
     return redirect(request, f"/jobs/{job['id']}")
-
-
-# ------------------------------------------------------------------------------------------ import
-
-
-@router.get("/models/{model_id}/import")
-def show_import(request: Request, model_id: int) -> Response:
-    view = ImportView(
-        shell(request, "Import", "models"), service_of(request).get_model(model_id), ""
-    )
-    return render_page(request, "import.html", view)
-
-
-@router.post("/models/{model_id}/import")
-async def import_config(request: Request, model_id: int) -> Response:
-    """A file or pasted text; where names differ, the differences before anything is stored."""
-    form = await request.form()
-    text = form.get("document")
-    upload = form.get("file")
-    if isinstance(upload, UploadFile) or hasattr(upload, "read"):
-        content = await upload.read()  # type: ignore[union-attr]
-        text = content.decode("utf-8", errors="replace") if content else text
-    accept = form.get("accept")
-    return await run_in_threadpool(
-        _import, request, model_id, str(text or ""), str(accept) if accept else None
-    )
-
-
-def _import(
-    request: Request, model_id: int, text: str, accept: str | None
-) -> HTMLResponse | Response:
-    service = service_of(request)
-    page, model = shell(request, "Import", "models"), service.get_model(model_id)
-    try:
-        if not text.strip():
-            raise InvalidDocument([("", "Choose a file, or paste the JSON of a freeze config.")])
-        document = model_form.read_json("document", text)
-        if not isinstance(document, dict):
-            raise InvalidDocument([("document", "A freeze config is a JSON object.")])
-        saved = service.import_config(model_id, document, accept)
-    except InvalidDocument as error:
-        view = ImportView(page, model, text, (), faults_of(error))
-        return render_page(request, "import.html", view, 422)
-    except Conflict as conflict:
-        differing = conflict.extra.get("differing")
-        if not differing:
-            raise
-        view = ImportView(page, model, text, [(k, v) for k, v in differing.items() if v])
-        return render_page(request, "import.html", view, 409)
-    return redirect(request, f"/models/{model_id}?{urlencode([('config', saved['id'])])}")

@@ -7,8 +7,9 @@ from dataclasses import replace
 from fastapi import APIRouter, Depends, Request, Response
 
 from app.web.guard import signed_in
+from app.web.job_views import JobView
 from app.web.render import JOB_STATES, render_page, shell
-from app.web.views import EntryRow, Fault, Field, JobView, Measure, PatternsView, PlanPanel, TreeRow
+from app.web.views import EntryRow, Fault, Field, Measure, PatternsView, PlanPanel, TreeRow
 
 router = APIRouter(dependencies=[Depends(signed_in)], include_in_schema=False)
 
