@@ -1,8 +1,8 @@
 """Our step beside the plainest loop with the same freeze, and beside other trainers: ratios.
 
 Every round takes one short run of each in turn, so that a busy machine disturbs all alike; what
-counts is the median of a trainer's ratios to the plain loop of the same round. Trainer and Lightning
-need the optional group: ``pip install --group bench``; what is missing is said.
+counts is the median of a trainer's ratios to the plain loop of the same round. Transformers'
+Trainer and Lightning need ``pip install --group bench``; what is missing is said.
 
 Run alone: python -m benchmarks.loop
 """
