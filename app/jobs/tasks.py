@@ -122,7 +122,10 @@ class Tasks:
             model = session.get(Model, task.model_id)
             if row.state == "running" and model is not None:
                 keep_model_card(self._settings.data_dir, model)
-                found.replace(path)
+                # Copied, so that a crash before the commit finds it where it was.
+                draft = path.with_name(f".{path.name}")
+                shutil.copyfile(found, draft)
+                draft.replace(path)
                 model.state, model.fingerprint = "ready", graph.fingerprint
                 model.weights_digest = document.get("weights_digest")
                 model.parameter_count = graph.parameter_count
