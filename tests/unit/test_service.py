@@ -547,7 +547,7 @@ def test_layers_are_chosen_by_glob(desk: Desk) -> None:
     desk.begin(1)
     desk.tell(1, Record(1, 1, "start", START), stats(2, 1))
     answer = desk.service.read_layers(1, match="bod*")
-    assert answer == {"layers": ["body"], "steps": [1], "values": [[1.0]]}
+    assert (answer["layers"], answer["steps"], answer["values"]) == (["body"], [1], [[1.0]])
     for bad in ({"stat": "loss"}, {"reduce": "mean"}, {"match": "{"}):
         with pytest.raises(InvalidDocument):
             desk.service.read_layers(1, **bad)
