@@ -57,13 +57,20 @@ def read_config(
 ) -> Document:
     """The config of a file; the rules of the options come after its own, in the order given."""
     document = read_json_file(file) if file else {}
-    globs = {"freeze": iter(freeze or ()), "unfreeze": iter(unfreeze or ())}
-    rules = [_read_rule(action, next(globs[action])) for action in order]
+    rules = read_rules(order, freeze, unfreeze)
     if not rules:
         return document
     # The lists say what the file's rules alone gave; with further rules they would contradict.
     without = {key: value for key, value in document.items() if key not in ("frozen", "trainable")}
     return {**without, "rules": [*document.get("rules", []), *rules]}
+
+
+def read_rules(
+    order: list[str], freeze: list[str] | None, unfreeze: list[str] | None
+) -> list[Document]:
+    """The rules of the options, in the order given: the last one that matches decides."""
+    globs = {"freeze": iter(freeze or ()), "unfreeze": iter(unfreeze or ())}
+    return [_read_rule(action, next(globs[action])) for action in order]
 
 
 def _read_rule(action: str, text: str) -> Document:

@@ -1,4 +1,4 @@
-"""Verbs on jobs that are there: jobs, stop, pause, resume, delete, export."""
+"""Verbs on jobs that are there: jobs, stop, pause, resume, freeze, delete, export."""
 
 import json
 import os
@@ -7,7 +7,17 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from app.cli.given import ENDED, ConfigFile, JobArgument, Json, read_json_file
+from app.cli.given import (
+    ENDED,
+    ConfigFile,
+    Document,
+    Freeze,
+    JobArgument,
+    Json,
+    Unfreeze,
+    read_json_file,
+    read_rules,
+)
 from app.cli.train import follow_job, report_job
 from app.cli.verb import verb
 from app.client import Server, read_events, server_for
@@ -55,15 +65,55 @@ def pause(
 
 
 @verb
-def resume(settings: "Settings", job: JobArgument, config: ConfigFile = None) -> None:
-    """Go on with a job, from its pause or its newest checkpoint."""
-    body = {"config": read_json_file(config)} if config else {}
+def resume(
+    settings: "Settings",
+    job: JobArgument,
+    config: ConfigFile = None,
+    epochs: Annotated[int | None, typer.Option(help="Train to so many epochs in all.")] = None,
+    max_steps: Annotated[int | None, typer.Option(help="Train to so many steps in all.")] = None,
+) -> None:
+    """Go on with a job, from its pause or its newest checkpoint, also past its end."""
+    body: Document = {"config": read_json_file(config)} if config else {}
+    ends = {"epochs": epochs, "max_steps": max_steps}
+    if given := {name: value for name, value in ends.items() if value is not None}:
+        body["training"] = given
     with server_for(settings) as server:
         server.call("POST", f"/api/jobs/{job}/resume", body)
         state = _wait_for(server, job, "queued", "starting", "running", *ENDED)
         print(f"Job {job} is {state}.", flush=True)
         if server.own:  # nobody else would run it
             report_job(server, follow_job(server, job), json_=False)
+
+
+@verb
+def freeze(
+    settings: "Settings",
+    context: typer.Context,
+    job: JobArgument,
+    freeze: Freeze = None,
+    unfreeze: Unfreeze = None,
+    optimizer_state: Annotated[
+        Literal["fresh", "keep"], typer.Option(help="What the unfrozen begin with.")
+    ] = "fresh",
+    warmup_steps: Annotated[
+        int | None, typer.Option(help="Steps over which the rate of the unfrozen rises from zero.")
+    ] = None,
+    lr_scale: Annotated[
+        float | None, typer.Option(help="A factor on the rate of the unfrozen.")
+    ] = None,
+) -> None:
+    """Change what is frozen in a running job, from its next step on."""
+    rules = read_rules(context.obj, freeze, unfreeze)
+    if not rules:
+        raise typer.BadParameter("Say what to change: --freeze GLOB or --unfreeze GLOB.")
+    begins = {"warmup_steps": warmup_steps, "lr_scale": lr_scale}
+    body: Document = {key: value for key, value in begins.items() if value is not None}
+    body |= {"rules": rules, "optimizer_state": optimizer_state}
+    with server_for(settings) as server:
+        edit = server.call("PATCH", f"/api/jobs/{job}/freeze", body)
+    step = edit["step"]
+    when = "with its next step, which it has not reached yet" if step is None else f"step {step}"
+    print(f"Job {job}: holds from {when} on.")
 
 
 def _wait_for(server: Server, job_id: int, *states: str) -> str:

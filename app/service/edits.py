@@ -1,6 +1,6 @@
 """Edits: changes of what is frozen while a job runs, checked before they are wished for."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -19,7 +19,8 @@ from app.freezing.graph import ModelGraph
 from app.service.documents import Conflict, Document, check_members, impossible
 from app.store.tables import Attempt, Job
 
-OPTIMIZER_STATES = ("fresh", "keep")
+BEGINNINGS = ("optimizer_state", "lr_scale", "warmup_steps")
+_ANYTHING = {"action": "unfreeze", "match": "**"}
 
 
 def always_trains(config: FreezeConfig, graph: ModelGraph) -> bool:
@@ -46,21 +47,23 @@ def always_trains(config: FreezeConfig, graph: ModelGraph) -> bool:
     return trains(1) or trains(10**10)
 
 
-def read_edit(doc: Mapping[str, Any]) -> tuple[tuple[Rule, ...], str]:
-    """The rules to append, and what becomes of the optimizer state of what they unfreeze."""
-    check_members(doc, ("rules", "optimizer_state"))
+def read_edit(doc: Mapping[str, Any]) -> Document:
+    """A live edit: the rules to append, and how what they unfreeze begins, as in a schedule."""
+    check_members(doc, ("rules", *BEGINNINGS))
     if not doc.get("rules"):
         raise InvalidDocument([("rules", "'rules' must be a list of at least one rule.")])
-    state = doc.get("optimizer_state", "fresh")
-    if state not in OPTIMIZER_STATES:
-        raise InvalidDocument([("optimizer_state", "'optimizer_state' may be 'fresh' or 'keep'.")])
-    return parse_rules(doc["rules"]), state
+    begins = {key: doc[key] for key in BEGINNINGS if doc.get(key) is not None}
+    try:
+        parse_config({"schedule": [{"at": {"step": 0}, **_ANYTHING, **begins}]})
+    except InvalidDocument as error:
+        faults = [(field.removeprefix("schedule.0."), text) for field, text in error.errors]
+        raise InvalidDocument(faults) from error
+    rules = [rule_document(rule) for rule in parse_rules(doc["rules"])]
+    return {"rules": rules, "optimizer_state": "fresh", **begins}
 
 
-def add_edit(
-    job: Job, attempt: Attempt | None, graph: ModelGraph, rules: Sequence[Rule], state: str
-) -> None:
-    """Append an edit to those of the living attempt, under the number that the next wish gets.
+def add_edit(job: Job, attempt: Attempt | None, graph: ModelGraph, edit: Mapping[str, Any]) -> None:
+    """Append what `read_edit` read to the living attempt's, numbered as the next wish is.
 
     Raises:
         Conflict: the job does not train now, its mechanism allows no change, or nothing would be
@@ -77,24 +80,15 @@ def add_edit(
             f"{job.id} has {config.mechanism!r}.",
             state=job.state,
         )
-    waiting = [
-        rule
-        for edit in attempt.edits
-        if edit["step"] is None
-        for rule in parse_rules(edit["rules"])
-    ]
-    now = replace(config, rules=(*config.rules, *_due_rules(config, job), *waiting, *rules))
+    waiting = [earlier for earlier in attempt.edits if earlier["step"] is None]
+    rules = [rule for one in (*waiting, edit) for rule in parse_rules(one["rules"])]
+    now = replace(config, rules=(*config.rules, *_due_rules(config, job), *rules))
     if all(expand_rules(now, graph).values()):
         raise Conflict(
             "This would freeze the last trainable layer; keep one trainable.", state=job.state
         )
-    edit = {
-        "seq": job.wish_seq + 1,
-        "rules": [rule_document(rule) for rule in rules],
-        "optimizer_state": state,
-        "step": None,
-    }
-    attempt.edits = [*attempt.edits, edit]
+    numbered = {"seq": job.wish_seq + 1, **edit, "step": None}
+    attempt.edits = [*attempt.edits, numbered]
 
 
 def _due_rules(config: FreezeConfig, job: Job) -> list[Rule]:

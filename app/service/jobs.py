@@ -31,6 +31,7 @@ from app.service.documents import (
     shorten_config,
 )
 from app.service.edits import add_edit, always_trains, edit_document, read_edit
+from app.service.resuming import check_end, read_ends
 from app.sources.spec import parse_dataset_spec, spec_document
 from app.store import files, jobs
 from app.store.tables import Attempt, Job, Model
@@ -221,7 +222,11 @@ class Jobs(Configs):
         """Let a job go on, from memory where it is held, else from its newest checkpoint.
 
         Args:
-            doc: optionally another `config`, and `training` with more `epochs` or `max_steps`.
+            doc: optionally another `config`, and `training` with more `epochs` or `max_steps`, or
+                another `patience`.
+
+        Raises:
+            Conflict: the state forbids it, or nothing would be left to do.
         """
         doc = doc or {}
         check_members(doc, ("config", "training"))
@@ -237,6 +242,7 @@ class Jobs(Configs):
             if is_living and job.wish != "running":
                 jobs.wish_for(session, job, "running")
             elif not is_living and job.state != "queued":
+                check_end(job, changes.get("spec", job.spec)["training"])
                 jobs.queue_job(session, job, **changes)
             return job_document(session, job)
 
@@ -263,8 +269,7 @@ class Jobs(Configs):
                     )
             changes["config"], spec["config"] = config, shorten_config(config)
         if doc.get("training") is not None:
-            check_members(doc["training"], ("epochs", "max_steps"), "training")
-            spec["training"] = self._read_training({**spec["training"], **doc["training"]})
+            spec["training"] = self._read_training(read_ends(job, doc["training"]))
         return changes | ({"spec": spec} if spec != job.spec else {})
 
     def change_freeze(self, job_id: int, doc: Mapping[str, Any]) -> Document:
@@ -273,13 +278,13 @@ class Jobs(Configs):
         Returns:
             The edit, as `find_edit` tells it from then on.
         """
-        rules, state = read_edit(doc)
+        edit = read_edit(doc)
         graph = self.read_graph(self.get_job(job_id)["model_id"])
 
         def change(session: Session) -> Document:
             job = find_row(session, Job, job_id)
             attempt = jobs.living_attempt(session, job)
-            add_edit(job, attempt, graph, rules, state)
+            add_edit(job, attempt, graph, edit)
             assert attempt is not None
             session.add(attempt)
             jobs.wish_for(session, job, job.wish)

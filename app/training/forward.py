@@ -30,13 +30,19 @@ def prepare_forward(model: nn.Module, recipe: Recipe, backend: str) -> Callable[
         InvalidDocument: the recipe wants gradient checkpointing and the model offers none.
     """
     if recipe.gradient_checkpointing:
-        enable = getattr(model, "gradient_checkpointing_enable", None)
-        if enable is None:
-            message = (
-                f"{type(model).__name__} has no gradient_checkpointing_enable(); turn this off, or "
-                "call torch.utils.checkpoint in the model's own forward."
-            )
-            raise InvalidDocument([("training.gradient_checkpointing", message)])
-        # Reentrant checkpointing drops gradients over a frozen input.
-        enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        _enable_checkpointing(model)
     return torch.compile(model, backend=backend) if recipe.compile else model
+
+
+def _enable_checkpointing(model: nn.Module) -> None:
+    for kind in ("activation", "gradient"):  # the second is what Transformers called it before
+        enable = getattr(model, f"{kind}_checkpointing_enable", None)
+        if enable is not None:
+            # Reentrant checkpointing drops gradients over a frozen input.
+            enable(**{f"{kind}_checkpointing_kwargs": {"use_reentrant": False}})
+            return
+    message = (
+        f"{type(model).__name__} has no gradient_checkpointing_enable(); turn this off, or "
+        "call torch.utils.checkpoint in the model's own forward."
+    )
+    raise InvalidDocument([("training.gradient_checkpointing", message)])

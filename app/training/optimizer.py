@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 
-from app.freezing.errors import InvalidDocument
 from app.training.recipe import Recipe, learning_rate_factor, warmup_factor
 
 OPTIMIZERS: Mapping[str, type[torch.optim.Optimizer]] = {
@@ -25,21 +24,30 @@ Groups = list[dict[str, Any]]
 
 
 def make_optimizer(groups: Groups, recipe: Recipe) -> torch.optim.Optimizer:
-    """The optimizer that the recipe names, in the implementation that it names.
-
-    Raises:
-        InvalidDocument: torch has no such implementation for these parameters.
-    """
+    """The optimizer that the recipe names, in the implementation that it names."""
     options: dict[str, Any] = {"lr": recipe.rate, **IMPLEMENTATIONS[recipe.implementation]}
     if recipe.optimizer == "sgd":
         options["momentum"] = recipe.momentum
-    try:
-        return OPTIMIZERS[recipe.optimizer](groups, **options)
-    except RuntimeError as error:
-        if recipe.implementation in ("auto", "for-loop"):
-            raise
-        message = f"{recipe.optimizer} cannot be {recipe.implementation} here: {error}"
-        raise InvalidDocument([("training.implementation", message)]) from error
+    optimizer = OPTIMIZERS[recipe.optimizer](groups, **options)
+    if recipe.optimizer == "sgd" and recipe.implementation == "fused" and recipe.momentum:
+        optimizer.register_step_pre_hook(_begin_momentum)
+    return optimizer
+
+
+def _begin_momentum(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    """Give what was unfrozen a momentum of zero, which the step makes its gradient.
+
+    Fused SGD takes a group in which all have momentum or none has, and raises TypeError otherwise;
+    the other implementations begin one with the gradient by themselves.
+    """
+    for group in optimizer.param_groups:
+        stepped = [p for p in group["params"] if p.grad is not None]
+        began = [bool(optimizer.state.get(p)) for p in stepped]
+        if any(began):
+            for parameter, has_momentum in zip(stepped, began, strict=True):
+                if not has_momentum:
+                    zeros = torch.zeros_like(parameter)
+                    optimizer.state[parameter]["momentum_buffer"] = zeros
 
 
 def regroup(optimizer: torch.optim.Optimizer, groups: Groups) -> None:

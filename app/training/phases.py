@@ -91,8 +91,10 @@ class Phases:
         """
         pace = edit.get("lr_scale", 1.0), edit.get("warmup_steps", 0)
         state = edit.get("optimizer_state", "fresh")
-        rules = parse_rules(edit["rules"])
-        added = tuple(Change(rule, "step", step, state, *pace) for rule in rules)
+        added = tuple(
+            Change(rule, "step", step, state, *(() if rule.freezes else pace))
+            for rule in parse_rules(edit["rules"])
+        )
         before = self.config
         self.config = replace(before, schedule=(*before.schedule, *added))
         try:

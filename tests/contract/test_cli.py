@@ -24,6 +24,7 @@ VERBS = [
     "stop",
     "pause",
     "resume",
+    "freeze",
     "delete",
     "evaluate",
     "sweep",
@@ -229,13 +230,45 @@ def test_ctrl_c_stops_a_training_with_a_checkpoint(data: Path) -> None:
     assert any((data / "jobs" / str(job["id"]) / "checkpoints").iterdir())
 
 
+def test_what_is_frozen_changes_while_a_job_runs(data: Path) -> None:
+    with start(
+        data,
+        *("train", "demo:three-layers", "demo:three-layers", "--device", "cpu"),
+        *("--max-steps", "100000000"),
+    ) as process:
+        wait_for_steps(process, data)
+        try:
+            number = str(json.loads(run(data, "jobs", "--json"))[0]["id"])
+            told = run(data, "freeze", number, "--freeze", "layer2", "--warmup-steps", "5")
+            refusal = run(data, "freeze", number, "--freeze", "**", status=1)
+            empty = run(data, "freeze", number, status=2)
+        finally:
+            process.send_signal(signal.SIGINT)
+            process.communicate(timeout=60)
+    assert re.fullmatch(rf"Job {number}: holds from step \d+ on\.\n", told)
+    assert "last trainable layer" in refusal
+    assert "--unfreeze" in empty
+    job = json.loads(run(data, "jobs", "--json"))[0]
+    assert [entry["match"] for entry in job["config"]["schedule"]] == ["layer2"]
+
+
+def test_a_job_goes_past_its_end_only_where_that_is_said(data: Path) -> None:
+    run(data, "train", *["demo:three-layers"] * 2, "--device", "cpu", "--max-steps", "2")
+    number = str(json.loads(run(data, "jobs", "--json"))[0]["id"])
+    assert "more 'epochs' or 'max_steps'" in run(data, "resume", number, status=1)
+    assert "would end at step 1" in run(data, "resume", number, "--max-steps", "1", status=1)
+    run(data, "resume", number, "--max-steps", "4")
+    job = json.loads(run(data, "jobs", "--json"))[0]
+    assert (job["state"], job["step"]) == ("succeeded", 4)
+
+
 def wait_for_steps(process: "subprocess.Popen[str]", data: Path) -> None:
     """Until the newest job of whoever holds the folder has made steps."""
-    token = (data / "token").read_text().strip()
     pause = threading.Event()
     while process.poll() is None:
         pause.wait(0.1)
         try:
+            token = (data / "token").read_text().strip()
             holder = json.loads((data / "writer.lock").read_text())
             if holder["pid"] != process.pid:
                 continue
@@ -244,7 +277,7 @@ def wait_for_steps(process: "subprocess.Popen[str]", data: Path) -> None:
                 headers={"Authorization": f"Bearer {token}"},
                 trust_env=False,
             ).json()
-        except (ValueError, httpx2.TransportError):
+        except (OSError, ValueError, httpx2.TransportError):
             continue
         if jobs and jobs[0]["state"] == "running" and jobs[0]["step"] > 0:
             return

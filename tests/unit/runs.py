@@ -72,6 +72,7 @@ def run(
     resume_from: Path | None = None,
     listen: Callable[[str, dict[str, Any], Wish], None] | None = None,
     loss: Callable[[Any, Any], torch.Tensor] | None = None,
+    compile_backend: str = "inductor",
     **training: Any,
 ) -> tuple[Outcome, Told]:
     told, wish = Told(), Wish()
@@ -92,6 +93,7 @@ def run(
         emit=emit,
         wishes=lambda: wish,
         resume_from=resume_from,
+        compile_backend=compile_backend,
     )
     return outcome, told
 

@@ -12,6 +12,8 @@ import torch
 from torch import nn
 
 from app.training.checkpoint import Checkpoint, checkpoint_path, read_checkpoint, write_checkpoint
+from app.training.places import checkpoint_steps
+from tests.unit.models import make
 from tests.unit.runs import Told, freeze, make_data, run
 from tests.unit.test_loop import digest, stop_at
 
@@ -153,6 +155,175 @@ def test_a_checkpoint_without_a_part_does_not(
     checkpoint, whole, _ = stopped
     told = train_from(tmp_path, damage(checkpoint))
     assert told_after(told, 4) != told_after(whole, 4)
+
+
+# ------------------------------------------- every single value, in a run in which each one counts
+
+
+class Eventful(Restless):
+    """Has a parameter that is soon out of use, and whose gradient was always zero."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.spare = nn.Parameter(torch.zeros(3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = super().forward(x)
+        return y + 0.0 * self.spare if self.calls < 5 else y
+
+
+def make_eventful() -> Eventful:
+    torch.manual_seed(0)
+    return Eventful()
+
+
+EVENTFUL: dict[str, Any] = {
+    "config": {
+        "schedule": [
+            {"at": {"step": 1}, "action": "freeze", "match": "first"},
+            {"at": {"step": 5}, "action": "unfreeze", "match": "first", "optimizer_state": "keep"},
+        ]
+    },
+    "precision": "fp16", "on_nonfinite": "skip", "optimizer": "adam", "max_steps": 8,
+    "checkpoint_tensors": "trained", "checkpoint_every": 4, "eval_every": 2, "patience": 2,
+    "lr": 0.02,
+}  # fmt: skip
+
+
+def live_eventfully(folder: Path, resume_from: Path | None, stop: bool = False) -> Told:
+    """A run that skips a bad example each epoch, and stops after one where `stop` says so."""
+    own: list[Any] = []
+    data = make_data((6,))
+    bad = data.train.tensors[0][5]
+    steps: list[int] = [0]
+
+    def listen(kind: str, payload: dict[str, Any], wish: Any) -> None:
+        own[:] = [wish]
+        if kind == "layers":
+            steps.append(payload["step"])
+
+    def loss(output: torch.Tensor, batch: Any) -> torch.Tensor:
+        good = nn.functional.cross_entropy(output.float(), batch[1]) * 4e4
+        if not output.requires_grad or (batch[0] - bad).abs().sum(1).min() > 1.0:
+            return good
+        if stop and steps[-1] >= 2:
+            own[0].state = "stop"
+        return good * float("nan")
+
+    torch.manual_seed(777)
+    random.seed(777)
+    np.random.seed(777)
+    _, told = run(
+        make_eventful(), data, folder, resume_from=resume_from, loss=loss, listen=listen, **EVENTFUL
+    )
+    return told
+
+
+CLOCKED = ("step_ms", "elapsed_s", "cost", "peak_bytes", "bytes", "created_at")
+
+
+def events_of(told: Told, folder: Path) -> list[Any]:
+    """Everything told since the first step was announced, and what every checkpoint holds."""
+    said = [
+        (kind, {key: value for key, value in payload.items() if key not in CLOCKED})
+        for kind, payload in told.events
+        if kind not in ("start", "state")
+        and not str(payload.get("text", "")).startswith(("Training on", "Resumed"))
+    ]
+    files = [
+        sorted(read_checkpoint(checkpoint_path(folder, step)).model)
+        for step in checkpoint_steps(folder)
+        if step >= 4
+    ]
+    return [said, files, digest(folder, checkpoint_steps(folder)[-1])]
+
+
+@pytest.fixture(scope="module")
+def cut(tmp_path_factory: pytest.TempPathFactory) -> tuple[Checkpoint, list[Any]]:
+    """The checkpoint of an eventful run that was stopped, and what comes after it."""
+    folder = tmp_path_factory.mktemp("cut")
+    live_eventfully(folder, None, stop=True)
+    (step,) = checkpoint_steps(folder)
+    assert 1 < step < 4  # while "first" is frozen
+    checkpoint = read_checkpoint(checkpoint_path(folder, step))
+    assert checkpoint.state["skipped"]["nonfinite"] >= 1
+    told = live_eventfully(folder, checkpoint_path(folder, step))
+    return checkpoint, events_of(told, folder)
+
+
+def test_the_eventful_run_goes_on_as_if_it_had_not_been_cut(
+    cut: tuple[Checkpoint, list[Any]], tmp_path: Path
+) -> None:
+    whole = live_eventfully(tmp_path, None)
+    said, files, end = events_of(whole, tmp_path)
+    rest, rest_files, rest_end = cut[1]
+    assert said[-len(rest) :] == rest
+    assert {kind for kind, _ in rest} >= {"metrics", "layers", "proof", "checkpoint", "log"}
+    assert (rest_files, rest_end) == (files, end)
+
+
+def changed(**values: Any) -> Callable[[Checkpoint], Checkpoint]:
+    return with_state(**values)
+
+
+def frozen_otherwise(checkpoint: Checkpoint) -> Checkpoint:
+    frozen = {**checkpoint.state["frozen"], "last.weight": True}
+    return replace(checkpoint, state={**checkpoint.state, "frozen": frozen})
+
+
+DAMAGES: dict[str, Callable[[Checkpoint], Checkpoint]] = {
+    "optimizer": without_tensors("optimizer/"),
+    "parked": without_tensors("parked/"),
+    "buffer": without_tensors("buffer/"),
+    "generator": with_other_generator("torch"),
+    "position": changed(position=1),
+    "evaluated_at": changed(evaluated_at=-1),
+    "best_loss": changed(best_loss=0.0),
+    "worse": changed(worse=2),
+    "skipped": changed(skipped={}),
+    "scaler": changed(scaler=torch.amp.GradScaler("cpu").state_dict()),
+    "generators": with_other_generator("python"),
+    "gradients": changed(gradients={}),
+    "proof": with_other_digest,
+    "frozen": frozen_otherwise,
+    "ever_trained": changed(ever_trained=[]),
+}
+# The clock's; and the policies that held, which only a resume with others asks for: see below.
+WITHOUT_EFFECT_HERE = {"elapsed_s", "config"}
+
+
+def test_all_that_a_checkpoint_saves_is_damaged_in_turn(cut: tuple[Checkpoint, list[Any]]) -> None:
+    checkpoint, _ = cut
+    tensors = {name.partition("/")[0] for name in checkpoint.trainer}
+    assert set(DAMAGES) | WITHOUT_EFFECT_HERE == set(checkpoint.state) | tensors
+
+
+@pytest.mark.parametrize("part", DAMAGES)
+def test_no_value_of_a_checkpoint_can_be_lost(
+    part: str, cut: tuple[Checkpoint, list[Any]], tmp_path: Path
+) -> None:
+    checkpoint, told = cut
+    write_checkpoint(tmp_path, DAMAGES[part](checkpoint))
+    damaged = live_eventfully(tmp_path, checkpoint_path(tmp_path, checkpoint.step))
+    assert events_of(damaged, tmp_path) != told
+
+
+def test_the_policies_that_held_are_needed_where_a_resume_brings_others(tmp_path: Path) -> None:
+    data, verdicts = make_data((2, 6, 6)), []
+    config = freeze("stem.**", norm_statistics="update")
+    for is_lost in (False, True):
+        folder = tmp_path / str(is_lost)
+        run(make("convolutional")[0], data, folder, config=config, listen=stop_at(4))
+        path = checkpoint_path(folder, 4)
+        if is_lost:
+            checkpoint = read_checkpoint(path)
+            lost = {**checkpoint.state["config"], "norm_statistics": "freeze"}
+            write_checkpoint(folder, with_state(config=lost)(checkpoint))
+        _, told = run(
+            make("convolutional")[0], data, folder, config=freeze("stem.**"), resume_from=path
+        )
+        verdicts.append(told.of("proof")[-1]["verdict"])
+    assert verdicts == ["holds", "broken"]
 
 
 # ------------------------------------------------------------- where a run may be cut in two

@@ -421,6 +421,71 @@ def test_an_ended_job_resumes_with_changes(desk: Desk) -> None:
     assert desk.service.read_job_config(1)["frozen"] == []
 
 
+def start_record(total_steps: int) -> Record:
+    return Record(1, 1, "start", {"layers": [], "total_steps": total_steps, "step": 0})
+
+
+def finish(desk: Desk, step: int, total_steps: int, **training: Any) -> None:
+    """A job that has taken `step` steps in two epochs and succeeded."""
+    desk.launch(training=training)
+    desk.begin(1)
+    payload = {"step": step, "epoch": 2.0, "values": {}, "step_ms": 1.0}
+    desk.tell(1, start_record(total_steps), Record(1, 2, "metrics", payload))
+    desk.end(1, "succeeded")
+
+
+@pytest.mark.parametrize(
+    ("doc", "words"),
+    [
+        ({}, "has taken 8 steps and would end at step 8"),
+        ({"config": {}}, "would end at step 8"),
+        ({"training": {"epochs": 1}}, "would end at step 4"),
+        ({"training": {"max_steps": 8}}, "would end at step 8"),
+    ],
+)
+def test_a_resume_that_would_do_nothing_is_refused(
+    desk: Desk, doc: dict[str, Any], words: str
+) -> None:
+    finish(desk, 8, 8, epochs=2)
+    with pytest.raises(Conflict, match=words):
+        desk.service.resume_job(1, doc)
+    assert desk.state() == "succeeded"
+
+
+def test_new_epochs_take_the_place_of_steps(desk: Desk) -> None:
+    finish(desk, 8, 8, max_steps=8)
+    job = desk.service.resume_job(1, {"training": {"epochs": 3}})
+    assert (job["training"]["epochs"], job["training"]["max_steps"]) == (3, None)
+
+
+def test_what_ended_early_goes_on_with_more_patience(desk: Desk) -> None:
+    finish(desk, 4, 40, epochs=10, patience=2)
+    with pytest.raises(Conflict, match="ended early after 2 evaluations"):
+        desk.service.resume_job(1)
+    job = desk.service.resume_job(1, {"training": {"patience": None}})
+    assert (job["state"], job["training"]["patience"]) == ("queued", None)
+
+
+@pytest.mark.parametrize(
+    ("given", "field"),
+    [
+        ({"warmup_steps": -1}, "warmup_steps"),
+        ({"lr_scale": "much"}, "lr_scale"),
+        ({"optimizer_state": "stale"}, "optimizer_state"),
+    ],
+)
+def test_an_edit_is_checked_as_an_entry_of_a_schedule(
+    desk: Desk, given: dict[str, Any], field: str
+) -> None:
+    desk.launch()
+    desk.begin(1)
+    with pytest.raises(InvalidDocument) as refused:
+        desk.service.change_freeze(1, {**UNFREEZE_BIAS, **given})
+    assert [where for where, _ in refused.value.errors] == [field]
+    edit = desk.service.change_freeze(1, {**UNFREEZE_BIAS, "warmup_steps": 7})
+    assert edit["warmup_steps"] == 7
+
+
 def test_resuming_with_another_config_needs_requires_grad(desk: Desk) -> None:
     desk.launch()
     desk.service.stop_job(1)
@@ -482,7 +547,7 @@ def test_layers_are_chosen_by_glob(desk: Desk) -> None:
     desk.begin(1)
     desk.tell(1, Record(1, 1, "start", START), stats(2, 1))
     answer = desk.service.read_layers(1, match="bod*")
-    assert answer == {"layers": ["body"], "steps": [1], "values": [[1.0]]}
+    assert (answer["layers"], answer["steps"], answer["values"]) == (["body"], [1], [[1.0]])
     for bad in ({"stat": "loss"}, {"reduce": "mean"}, {"match": "{"}):
         with pytest.raises(InvalidDocument):
             desk.service.read_layers(1, **bad)
