@@ -146,6 +146,7 @@ def _mechanism(
             "frozen_weights_move",
             "Zeroed gradients do not keep weights still: weight decay and momentum go on moving "
             "them. Use 'requires_grad', or SGD without momentum and weight decay.",
+            tuple(n for n, is_frozen in frozen.items() if is_frozen and graph.by_name[n].floating),
         )
 
 
@@ -153,7 +154,8 @@ def _modules_that_move(
     graph: ModelGraph, config: FreezeConfig, frozen: Mapping[str, bool]
 ) -> Iterator[Finding]:
     def is_frozen(module: Module) -> bool:
-        below = [n for n in graph.canonical_names if n.startswith(f"{module.path}.")]
+        prefix = f"{_owner(module)}." if _owner(module) else ""
+        below = [n for n in graph.canonical_names if n.startswith(prefix)]
         return bool(below) and all(frozen[graph.canonical_names[n]] for n in below)
 
     renormed = [m for m in graph.with_facts if m.facts.get("max_norm") is not None and is_frozen(m)]
@@ -169,8 +171,8 @@ def _modules_that_move(
         yield Finding(
             "spectral_norm",
             "Spectral norm moves its buffers in every forward in train mode, so the effective "
-            "weight of these frozen layers changes.",
-            tuple(m.path for m in spectral),
+            "weight of these frozen layers changes. Remove it, or keep them in eval mode.",
+            tuple(_owner(m) for m in spectral),
         )
     if config.dropout == "keep":
         dropouts = [m.path for m in graph.with_facts if m.facts.get("dropout")]
@@ -182,6 +184,37 @@ def _modules_that_move(
                 "training. Choose dropout 'off' to make the frozen part deterministic.",
                 tuple(held),
             )
+
+
+def _owner(module: Module) -> str:
+    """Path of the layer that a parametrization belongs to; of any other module its own."""
+    before, is_parametrization, _ = f".{module.path}".partition(".parametrizations.")
+    return before.removeprefix(".") if is_parametrization else module.path
+
+
+def _reentrant_checkpoints(
+    graph: ModelGraph, config: FreezeConfig, frozen: Mapping[str, bool]
+) -> Iterator[Finding]:
+    if not graph.reentrant:
+        return
+    live: list[bool] = []
+    for node in graph.nodes:
+        own = node.parameter == "" or (bool(node.parameter) and not frozen[node.parameter or ""])
+        live.append(own or any(i >= 0 and live[i] for i in node.inputs))
+    cut = [index for index in graph.reentrant if not live[index]]
+    where = tuple(dict.fromkeys(graph.nodes[i].module or "" for i in cut or graph.reentrant))
+    does = (
+        "will cut gradients here: nothing before it is trained, so that everything inside it gets "
+        "no gradient, with only a warning"
+        if cut
+        else "hides what is inside it from the plan, which calls it unreached, and cuts gradients "
+        "as soon as everything before it is frozen"
+    )
+    yield Finding(
+        "reentrant_checkpointing",
+        f"Reentrant checkpointing {does}. Call checkpoint(…, use_reentrant=False).",
+        where,
+    )
 
 
 def _not_floating(
@@ -222,6 +255,7 @@ _FINDERS = (
     _norm_statistics,
     _mechanism,
     _modules_that_move,
+    _reentrant_checkpoints,
     _not_floating,
     _untraced,
 )

@@ -217,6 +217,11 @@ class ModelGraph:
         return tuple(p for p in self.parameters if p.shared_with)
 
     @cached_property
+    def reentrant(self) -> tuple[int, ...]:
+        """Nodes of reentrant checkpointing, which hides the nodes of what it wraps."""
+        return tuple(i for i, n in enumerate(self.nodes) if n.name == "CheckpointFunctionBackward")
+
+    @cached_property
     def with_facts(self) -> tuple[Module, ...]:
         """Modules of whose type something is to be told."""
         return tuple(module for module in self.modules if module.facts)

@@ -243,7 +243,26 @@ def preset_config(name: str, graph: ModelGraph, count: int | None = None) -> Fre
         train(lambda n: n.rpartition(".")[2].endswith("bias"))
     elif name == "all-but-norms":
         train(lambda n: not below(*norms)(n))
-    return FreezeConfig(name=labels[name], rules=shortest_rules(state, graph))
+    if all(state.values()) and name != "everything":
+        what = labels[name].removeprefix("Train ").removesuffix(" only")
+        raise InvalidDocument([("preset", f"This model has nothing to train of it: {what}.")])
+    return FreezeConfig(name=labels[name], rules=_fewest_rules(state, graph))
+
+
+def _fewest_rules(state: Mapping[str, bool], graph: ModelGraph) -> tuple[Rule, ...]:
+    """The fewest rules that give `state`: by place, or by kind (norm classes, biases)."""
+    types = dict.fromkeys(m.type for m in graph.modules if "Norm" in m.type and m.parameters)
+    by_kind = (
+        [("**.*bias", None)],
+        [(None, type_) for type_ in types],
+    )
+    candidates = [shortest_rules(state, graph)]
+    for covers in by_kind:
+        for base, then in (("freeze", "unfreeze"), ("unfreeze", "freeze"), (None, "freeze")):
+            first = () if base is None else (Rule(base, "**"),)
+            candidates.append((*first, *(Rule(then, match, type_) for match, type_ in covers)))
+    exact = (c for c in candidates if expand_rules(FreezeConfig(rules=c), graph) == state)
+    return min(exact, key=len)
 
 
 def find_head(graph: ModelGraph) -> str:
@@ -264,12 +283,18 @@ def find_head(graph: ModelGraph) -> str:
 
 
 def find_blocks(graph: ModelGraph) -> tuple[str, ...]:
-    """Paths of the repeated blocks: the heaviest group of siblings of one type, in model order."""
+    """Paths of the repeated blocks: the heaviest group of alike siblings, in model order.
+
+    Alike are those of one class whose names differ in their number alone: an encoder and a decoder
+    of one class are not two blocks.
+    """
     weights = _weights_below(graph)
-    groups: dict[tuple[str, str], list[str]] = {}
+    groups: dict[tuple[str, str, str], list[str]] = {}
     for module in graph.modules:
-        if module.path and weights.get(module.path):
-            groups.setdefault((module.path.rpartition(".")[0], module.type), []).append(module.path)
+        parent, _, last = module.path.rpartition(".")
+        stem = last.rstrip("0123456789")
+        if stem != last and weights.get(module.path):
+            groups.setdefault((parent, module.type, stem), []).append(module.path)
     repeated = [paths for paths in groups.values() if len(paths) > 1]
     return tuple(max(repeated, key=lambda paths: sum(weights[p] for p in paths), default=()))
 

@@ -180,8 +180,43 @@ def test_numbered_siblings_are_gathered_in_braces() -> None:
 
 @pytest.mark.parametrize("name", [key for key, _ in PRESETS])
 def test_every_preset_gives_a_config_that_parses(name: str) -> None:
-    config = preset_config(name, read_model(make("plain")[0]))
+    config = preset_config(name, read_model(Stacked()))
     assert parse_config(config_document(config)).rules == config.rules
+    assert len(config.rules) <= 3
+
+
+class Stacked(nn.Module):
+    """An encoder and a decoder of one class, each of numbered blocks, with norms and biases."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        for name in ("encoder", "decoder"):
+            layer = nn.TransformerEncoderLayer(8, 2, 16)
+            setattr(self, name, nn.TransformerEncoder(layer, 4, enable_nested_tensor=False))
+        self.head = nn.Linear(8, 3)
+
+
+def test_presets_are_said_in_the_fewest_rules() -> None:
+    graph = read_model(Stacked())
+    expected = {
+        "nothing": [],
+        "everything": [("freeze", "**")],
+        "norms-only": [("freeze", "**"), ("unfreeze", "LayerNorm")],
+        "biases-only": [("freeze", "**"), ("unfreeze", "**.*bias")],
+        "all-but-norms": [("freeze", "LayerNorm")],
+        "one-block": [("freeze", "**"), ("unfreeze", "encoder.layers.0.**")],
+        "head-only": [("freeze", "{encoder,decoder}.**")],
+    }
+    for name, rules_ in expected.items():
+        config = preset_config(name, graph)
+        assert [(r.action, r.match or r.type) for r in config.rules] == rules_
+    biases = split_names(preset_config("biases-only", graph), graph)[1]
+    assert biases == tuple(p.name for p in graph.parameters if p.name.endswith("bias"))
+
+
+def test_a_preset_that_would_train_nothing_is_refused() -> None:
+    with pytest.raises(InvalidDocument, match="nothing to train of it: norm layers"):
+        preset_config("norms-only", read_model(make("plain")[0]))
 
 
 def test_the_head_is_the_last_module_with_parameters() -> None:
