@@ -28,8 +28,8 @@ demo-table: $(READY)  ## the table of README.md: what freezing does to the two d
 pretrain: $(READY)  ## reproduce the demo's weights bit for bit from their seed
 	$(BIN)/python -m app.sources.demo.pretrain
 
-screenshots: $(READY) $(VENDOR)  ## every page in every theme and width, into screenshots/
-	$(BIN)/python -m tests.browser.screenshots
+screenshots: $(READY) $(VENDOR)  ## every page in every theme and width, photographed into screenshots/
+	$(BIN)/pytest -q tests/browser/test_looks.py
 
 bench-browser: $(READY) $(VENDOR)  ## what a person waits for in a real browser: trees, heatmaps, charts
 	$(BIN)/python -m benchmarks.browser
