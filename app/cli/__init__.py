@@ -4,7 +4,7 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from app.cli import jobs, plan, serve, train  # noqa: F401 (each declares its verbs)
+from app.cli import jobs, plan, serve, sweep, train  # noqa: F401 (each declares its verbs)
 from app.cli.verb import app
 from app.client import Failure
 

@@ -9,6 +9,9 @@ from typing import Any
 
 from app.freezing.assume import OPTIMIZER_STATE, Assumption
 from app.freezing.graph import ModelGraph
+from app.freezing.timing import Timing
+
+FULL_COSTS_KEPT = 100
 
 
 @dataclass(frozen=True)
@@ -29,21 +32,30 @@ class Share:
 
 
 def make_cost(
-    graph: ModelGraph, share: Share, assume: Assumption, devices: Mapping[str, int]
+    graph: ModelGraph,
+    share: Share,
+    assume: Assumption,
+    devices: Mapping[str, int],
+    timing: Timing | None = None,
 ) -> dict[str, Any]:
     """The `cost` of a plan, beside that of training everything."""
     cost = _cost_of(graph, share, assume)
-    if assume not in graph.full_costs:
+    if len(graph.full_costs) >= FULL_COSTS_KEPT:
+        graph.full_costs.clear()
+    if (assume, timing) not in graph.full_costs:
         every = [p.floating for p in graph.parameters]
         everything = Share(every, every, every, graph.walk.nearest(every))
-        graph.full_costs[assume] = _cost_of(graph, everything, assume)
-    full = graph.full_costs[assume]
+        graph.full_costs[assume, timing] = {
+            **_cost_of(graph, everything, assume),
+            "predicted_step_ms": _predict(graph, everything, assume, timing),
+        }
+    full = graph.full_costs[assume, timing]
     step, full_step = cost["step_flops"], full["step_flops"]
     return {
         **cost,
         "full_step_flops": full_step,
         "speedup_bound": full_step / step if step else None,
-        "predicted_step_ms": None,
+        "predicted_step_ms": _predict(graph, share, assume, timing),
         "fits": {name: cost["peak_bytes"] <= size for name, size in devices.items()},
         "full": dict(full),
         "assumed": {
@@ -52,8 +64,20 @@ def make_cost(
             "image_size": None,
             "batch_size": assume.batch_size or graph.batch_size,
             "traced_by": graph.traced_by,
+            "timed_on": None if timing is None else timing.describe(),
         },
     }
+
+
+def _predict(
+    graph: ModelGraph, share: Share, assume: Assumption, timing: Timing | None
+) -> float | None:
+    """Milliseconds of one step where the model has been timed, at full precision."""
+    if timing is None or assume.precision != "fp32" or not any(share.computed):
+        return None
+    batch_size = assume.batch_size or graph.batch_size
+    ms = timing.predict_ms(graph, share.near, share.stepped, assume.optimizer, batch_size)
+    return float(f"{ms:.4g}")
 
 
 def _cost_of(graph: ModelGraph, share: Share, assume: Assumption) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from app.freezing.config import FreezeConfig, expand_rules
 from app.freezing.cost import Share, make_cost
 from app.freezing.findings import Finding, list_findings
 from app.freezing.graph import ModelGraph
+from app.freezing.timing import Timing
 from app.freezing.walk import DEAD
 
 
@@ -53,12 +54,14 @@ def plan_config(
     config: FreezeConfig,
     assume: Assumption | None = None,
     devices: Mapping[str, int] | None = None,
+    timing: Timing | None = None,
 ) -> Plan:
     """Say precisely what backward will do under a freeze config, and what it will cost.
 
     Args:
         assume: batch size, optimizer and precision of the run to come.
         devices: name → bytes of memory, for ``fits``.
+        timing: what a calibration of this model found, for ``predicted_step_ms``.
 
     Returns:
         The plan. Flow states and FLOPs are exact for the traced graph; bytes of activations are
@@ -82,7 +85,7 @@ def plan_config(
         frozen=tuple(compress(frozen, frozen.values())),
         trainable=tuple(compress(frozen, trains)),
         layers=tuple(_plan_layers(graph, bytes(trains), bytes(computed), near)),
-        cost=make_cost(graph, share, assume, devices or {}),
+        cost=make_cost(graph, share, assume, devices or {}, timing),
         warnings=(*list_findings(graph, config, frozen), *_not_assumed(graph, assume)),
     )
 

@@ -408,7 +408,7 @@ def _read_nodes(
     storages: dict[int, int] = {}
     index: dict[Any, int] = {}
     nodes: list[Node] = []
-    for grad_fn in _in_order(value.grad_fn):
+    for grad_fn in nodes_in_order(value.grad_fn):
         index[grad_fn] = len(nodes)
         inputs = tuple(index.get(next_fn, -1) for next_fn, _ in grad_fn.next_functions)
         variable = getattr(grad_fn, "variable", None)
@@ -484,7 +484,7 @@ def _flops_of(func: Any, args: Any, kwargs: Mapping[str, Any], result: Any) -> i
     return 0 if formula is None else int(formula(*args, **kwargs, out_val=result))
 
 
-def _in_order(root: Any) -> Iterator[Any]:
+def nodes_in_order(root: Any) -> Iterator[Any]:
     """Every node below `root`, each after all that its edges lead to, without recursion."""
     seen: set[Any] = {root}
     stack = [(root, iter(root.next_functions))]

@@ -37,6 +37,7 @@ class Walk:
             reaches when everything trains, 0 for others.
         backward_flops: of each wire.
         saved_bytes: of each wire.
+        node_count: of each wire.
         layers: in model order.
         targets: for each parameter, what to say of a gradient on its way there.
     """
@@ -46,7 +47,8 @@ class Walk:
         self.count = len(self.index)
         self._meet: list[Callable[[Sequence[int]], tuple[int, ...]]] = []
         self._known: dict[tuple[int, ...], int] = {}
-        wires = self._lay_wires(graph)
+        self._wires = wires = self._lay_wires(graph)
+        self._inputs = [node.inputs for node in graph.nodes]
         self.targets = [*_name_targets(graph), "gradients pass through to an activation"]
         reached = {node.parameter for node in graph.nodes} if graph.nodes else set(self.index)
         self.is_reached = bytes(name in reached for name in self.index)
@@ -60,11 +62,13 @@ class Walk:
         width = self.count + 1 + len(self._meet)
         self.backward_flops = [0] * width
         self.saved_bytes = [0] * width
+        self.node_count = [0] * width
         for wire, size in frees.values():
             self.saved_bytes[wire] += size
         for node, wire in zip(graph.nodes, wires, strict=True):
             if wire >= 0:
                 self.backward_flops[wire] += node.node_flops
+                self.node_count[wire] += 1
             for below, flops in zip(node.inputs, node.edge_flops, strict=False):
                 if below >= 0 and wires[below] >= 0:
                     self.backward_flops[wires[below]] += flops
@@ -111,6 +115,21 @@ class Walk:
         return max(
             round((saved + h + r) * scale) + a for h, r, a in zip(held, room, added, strict=True)
         )
+
+    def spread(self, costs: Sequence[Sequence[float]]) -> list[float]:
+        """Costs of nodes as costs of wires.
+
+        Args:
+            costs: for each node its own, where it is live, then those of its edges, where they are.
+        """
+        wires = [0.0] * len(self.node_count)
+        for (own, *edges), wire, inputs in zip(costs, self._wires, self._inputs, strict=True):
+            if wire >= 0:
+                wires[wire] += own
+            for cost, below in zip(edges, inputs, strict=False):
+                if below >= 0 and self._wires[below] >= 0:
+                    wires[self._wires[below]] += cost
+        return wires
 
     # ------------------------------------------------------------------------------------ gathering
 

@@ -188,6 +188,7 @@ class Attendance:
         ending = self._db.write(settle)
         if ending.reason == "checkpoint_corrupt" and attempt.resume_step in kept:
             _set_aside(checkpoint_path(checkpoints, attempt.resume_step or 0))
+        job_folder.tidy_drafts(directory)
         self.watches.pop(directory, None)
 
     def _end(self, job: Job, attempt: Attempt, ending: Ending) -> None:

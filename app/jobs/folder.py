@@ -128,6 +128,15 @@ def tidy_checkpoints(folder: Path) -> None:
             shutil.rmtree(path, ignore_errors=True)
 
 
+def tidy_drafts(folder: Path) -> None:
+    """Remove what killed writers left of documents, locks and attempts; nobody may be writing."""
+    for path in (*folder.glob(".*"), *folder.glob("attempts/.*")):
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+
+
 # ── attempts ─────────────────────────────────────────────────────────────────────────────────────
 
 

@@ -56,7 +56,8 @@ class Cards:
         job_id = job.id
         card = {name: getattr(job, name) for name in ON_CARD}
         folder = files.job_folder(self._settings.data_dir, job_id)
-        if job_id not in self._written:
+        if job_id not in self._written:  # the first look: nobody but a dead server wrote here
+            job_folder.tidy_drafts(folder)
             self._written[job_id] = _read(folder / CARD)
         if self._written[job_id] == card:
             return

@@ -1,5 +1,6 @@
 """Attends the tasks: what a worker finds out beside the jobs, in a slot of its own; one attempt."""
 
+import shutil
 import signal
 from pathlib import Path
 from typing import Any
@@ -89,7 +90,11 @@ class Tasks:
             self._processes.signal(directory, task.pid, signal.SIGKILL)
 
     def _keep(self, task: Task, directory: Path) -> None:
-        """Keep what a task found: an inspection's graph; others leave it in their folder."""
+        """Keep what a task found: a graph or a calibration; all else stays in the task's folder."""
+        if task.kind == "calibrate":
+            path = files.timing_path(self._settings.data_dir, task.model_id or 0)
+            shutil.copyfile(directory / job_folder.FOUND, path.with_suffix(".part"))
+            path.with_suffix(".part").replace(path)
         if task.kind != "inspect":
             self._db.write(lambda s: _end(s, task, "succeeded", Ending("succeeded")))
             return
@@ -117,7 +122,10 @@ class Tasks:
             model = session.get(Model, task.model_id)
             if row.state == "running" and model is not None:
                 keep_model_card(self._settings.data_dir, model)
-                found.replace(path)
+                # Copied, so that a crash before the commit finds it where it was.
+                draft = path.with_name(f".{path.name}")
+                shutil.copyfile(found, draft)
+                draft.replace(path)
                 model.state, model.fingerprint = "ready", graph.fingerprint
                 model.weights_digest = document.get("weights_digest")
                 model.parameter_count = graph.parameter_count

@@ -35,7 +35,7 @@ LOG_BYTES = 10 * 2**20
 SIGN_SECONDS = 1.0  # between two signs of life of the loop
 TRACEBACK_BYTES = 64 * 2**10
 MESSAGE_CHARACTERS = 1000
-KINDS = ("train", "evaluate", "inspect", "preview", "mechanisms")
+KINDS = ("train", "evaluate", "inspect", "preview", "mechanisms", "calibrate")
 SMALL_MODEL_BYTES = 2 * 2**30
 
 
@@ -158,6 +158,8 @@ def _run(
     random.seed(recipe.seed)
     torch.manual_seed(recipe.seed)
     numpy.random.seed(recipe.seed % 2**32)
+    if spec["kind"] == "calibrate" and not model_spec.uri.startswith(("python:", "demo:")):
+        model_spec = replace(model_spec, random_init=True, weights=None)  # values take no time
     built = build_model(model_spec, code_dirs=code_dirs, weightless=is_inspection or is_preview)
     for note in built.notes:
         print(note, flush=True)
@@ -192,6 +194,14 @@ def _run(
     device = facts["device"]
     if device == "auto":  # started by hand: nobody has chosen one
         device = "cuda:0" if torch.cuda.is_available() else "cpu"
+    if spec["kind"] == "calibrate":
+        from app.freezing.calibrate import calibrate_model
+        from app.freezing.trace import trace_model
+
+        graph = trace_model(built.model, built.example, loss=built.loss)
+        timed = calibrate_model(built.model.to(device), built.example, graph, loss=built.loss)
+        job_folder.write_document(directory / job_folder.FOUND, timed)
+        return "succeeded", 0
     data = None
     if has_data:
         data = build_data(data_spec, code_dirs=code_dirs, seed=recipe.seed, intake=built.intake)
@@ -248,7 +258,11 @@ def _read_spec(folder: Path) -> dict[str, Any]:
     if spec.get("kind") not in KINDS:
         message = f"'kind' is {spec.get('kind')!r}; it must be one of {', '.join(KINDS)}."
         raise InvalidDocument([("kind", message)])
-    needed = ("model",) if spec["kind"] in ("inspect", "mechanisms") else ("model", "dataset")
+    needed = (
+        ("model",)
+        if spec["kind"] in ("inspect", "mechanisms", "calibrate")
+        else ("model", "dataset")
+    )
     if missing := [(name, f"The spec has no {name!r}.") for name in needed if name not in spec]:
         raise InvalidDocument(missing)
     return {**dict.fromkeys(_FOLDER_LISTS, ()), **spec}

@@ -13,6 +13,7 @@ from app.freezing.assume import parse_assumption
 from app.freezing.config import config_document, parse_config
 from app.freezing.graph import ModelGraph
 from app.freezing.plan import plan_config
+from app.freezing.timing import Timing, read_timing
 from app.jobs import folder as job_folder
 from app.service.documents import (
     CONFIG_ROW_MEMBERS,
@@ -37,6 +38,7 @@ class Models(Ground):
         super().__init__(settings, db, runner_status)
         # A graph never changes once it is there, and ids are never given twice.
         self._load_graph = lru_cache(maxsize=4)(self._load_graph_uncached)
+        self._load_timing = lru_cache(maxsize=4)(self._load_timing_uncached)
         # The rows that somebody opens next are of the plan that was just made.
         self._plan = lru_cache(maxsize=16)(self._plan_uncached)
 
@@ -92,7 +94,7 @@ class Models(Ground):
             return task
 
         task = self._db.write(delete)
-        for path in (files.graph_path, files.model_card_path):
+        for path in (files.graph_path, files.model_card_path, files.timing_path):
             path(self._settings.data_dir, model_id).unlink(missing_ok=True)
         if task is not None and task.state == "stopping":
             self._runner.wake()
@@ -131,12 +133,26 @@ class Models(Ground):
         memory = tuple((device["id"], device["bytes"]) for device in self._runner.devices())
         asked = json.dumps([config_document(config), asdict(assume)], sort_keys=True)
         self.read_graph(model_id)  # refuses what is not ready, plan or no plan
-        return self._plan(model_id, asked, memory)
+        return self._plan(model_id, asked, memory, self._timed_at(model_id))
 
     def _plan_uncached(
-        self, model_id: int, asked: str, memory: tuple[tuple[str, int], ...]
+        self, model_id: int, asked: str, memory: tuple[tuple[str, int], ...], timed_at: int | None
     ) -> Document:
         config, assume = json.loads(asked)
         graph = self._load_graph(model_id)
-        plan = plan_config(graph, parse_config(config), parse_assumption(assume), dict(memory))
-        return plan.document()
+        timing = None if timed_at is None else self._load_timing(model_id, timed_at)
+        return plan_config(
+            graph, parse_config(config), parse_assumption(assume), dict(memory), timing
+        ).document()
+
+    def _timed_at(self, model_id: int) -> int | None:
+        """When the model was last calibrated, None if never."""
+        try:
+            return files.timing_path(self._settings.data_dir, model_id).stat().st_mtime_ns
+        except FileNotFoundError:
+            return None
+
+    def _load_timing_uncached(self, model_id: int, _timed_at: int) -> Timing | None:
+        path = files.timing_path(self._settings.data_dir, model_id)
+        document = job_folder.read_document(path)
+        return None if document is None else read_timing(document, self._load_graph(model_id))

@@ -1,4 +1,4 @@
-"""Verbs that try things on a model before a job: the four mechanisms side by side."""
+"""Verbs that try things on a model before a job: mechanisms side by side, and how long it takes."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -7,7 +7,7 @@ from sqlmodel import Session
 
 from app.freezing.config import config_document, parse_config
 from app.freezing.errors import InvalidDocument
-from app.service.documents import CONFIG_ROW_MEMBERS, Document, collecting, members
+from app.service.documents import CONFIG_ROW_MEMBERS, Conflict, Document, collecting, members
 from app.service.models import Models
 from app.sources.spec import parse_dataset_spec, spec_document
 from app.store import catalog, files
@@ -16,10 +16,29 @@ from app.training.recipe import parse_recipe, recipe_document
 
 TRIALS_KEPT = 50
 MAX_STEPS = 100
+MAX_TIMED_BYTES = 2 * 2**30
 
 
 class Trials(Models):
     """Verbs that try things on a model."""
+
+    def calibrate(self, model_id: int) -> Document:
+        """Have a worker time the operations of a model; the task that does is answered.
+
+        Its plans have a `predicted_step_ms` from then on.
+        """
+        graph = self.read_graph(model_id)
+        if not graph.nodes:
+            raise Conflict(
+                f"Model {model_id} could not be traced, so its operations are not known one by one."
+            )
+        if graph.resting_bytes > MAX_TIMED_BYTES:
+            raise Conflict(
+                f"Model {model_id} takes {graph.resting_bytes / 2**30:.1f} GiB; models of at most "
+                f"{MAX_TIMED_BYTES // 2**30} GiB are timed beside the jobs."
+            )
+        spec: Document = {"kind": "calibrate", **self._surroundings()}
+        return self._add_task(model_id, spec)
 
     def compare_mechanisms(self, model_id: int, doc: Mapping[str, Any]) -> Document:
         """Have a worker train a few steps under each mechanism; the task that does is answered.
@@ -49,17 +68,21 @@ class Trials(Models):
                 spec["dataset"] = spec_document(parse_dataset_spec(doc["dataset"], **self._dirs()))
         if errors:
             raise InvalidDocument(errors)
+        return self._add_task(model_id, spec)
+
+    def _add_task(self, model_id: int, spec: Document) -> Document:
+        kind = spec["kind"]
 
         def add(session: Session) -> tuple[int, list[int]]:
             model = session.get_one(Model, model_id)
-            task = Task(kind="mechanisms", model_id=model_id, spec={**spec, "model": model.spec})
+            task = Task(kind=kind, model_id=model_id, spec={**spec, "model": model.spec})
             session.add(task)
             session.flush()
             assert task.id is not None
-            return task.id, catalog.drop_tasks(session, "mechanisms", TRIALS_KEPT)
+            return task.id, catalog.drop_tasks(session, kind, TRIALS_KEPT)
 
         task_id, dropped = self._db.write(add)
         for old in dropped:
             files.remove_folder(files.task_folder(self._settings.data_dir, old))
         self._runner.wake()
-        return {"id": task_id, "kind": "mechanisms", "model_id": model_id, "state": "queued"}
+        return {"id": task_id, "kind": kind, "model_id": model_id, "state": "queued"}

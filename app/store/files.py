@@ -22,6 +22,10 @@ def model_card_path(data_dir: Path, model_id: int) -> Path:
     return data_dir / "graphs" / f"{model_id}.about.json"
 
 
+def timing_path(data_dir: Path, model_id: int) -> Path:
+    return data_dir / "graphs" / f"{model_id}.timing.json"
+
+
 def read_logs(folder: Path, after: int = 0, limit: int = 2**24) -> bytes:
     """The logs of all attempts, one behind the other, from byte `after` on, `limit` at most."""
     pieces: list[bytes] = []

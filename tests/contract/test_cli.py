@@ -26,6 +26,7 @@ VERBS = [
     "resume",
     "delete",
     "evaluate",
+    "sweep",
     "link",
     "doctor",
 ]
@@ -187,6 +188,23 @@ def test_evaluating_gives_metrics_alone(data: Path) -> None:
     assert job["state"] == "succeeded"
     assert any(name.startswith("eval/") for name in job["metrics"])
     assert job["proof"] is None
+
+
+def test_a_sweep_is_one_table_of_freeze_sets(data: Path, tmp_path: Path) -> None:
+    own = tmp_path / "first-layer.json"
+    own.write_text(json.dumps({"rules": [{"action": "freeze", "match": "layer1"}]}))
+    told = run(
+        data,
+        *("sweep", "demo:three-layers", "demo:three-layers", "--set", "nothing"),
+        *("--set", str(own), "--max-steps", "3", "--device", "cpu", "--json"),
+    )
+    table = json.loads(told)["table"]
+    assert [row["set"] for row in table] == ["Freeze nothing", "first-layer"]
+    assert {row["state"] for row in table} == {"succeeded"}
+    assert [row["frozen_count"] for row in table] == [0, 2]
+    assert "'hed' is not a preset" in run(
+        data, "sweep", "demo:three-layers", "demo:three-layers", "--set", "hed", status=1
+    )
 
 
 def test_ctrl_c_stops_a_training_with_a_checkpoint(data: Path) -> None:

@@ -80,6 +80,21 @@ def test_frozen_layers_have_gradients_where_the_mechanism_computes_them(
     assert script.get(f"/jobs/{job['id']}/proof")["verdict"] == "holds"
 
 
+def test_a_plan_predicts_the_step_time_of_a_model_that_was_calibrated(script: Script) -> None:
+    model = script.add_model(uri="demo:three-layers")["id"]
+    path = f"/models/{model}/plan"
+    assert script.call("POST", path, 200, {"rules": RULES})["cost"]["predicted_step_ms"] is None
+    task = script.call("POST", f"/models/{model}/calibrate", 202)
+    ended = ("succeeded", "failed", "stopped")
+    done = script.until(f"/tasks/{task['id']}", lambda task: task["state"] in ended)
+    assert (done["state"], done["error"]) == ("succeeded", None)
+    cost = script.call("POST", path, 200, {"rules": RULES})["cost"]
+    assert 0 < cost["predicted_step_ms"] <= cost["full"]["predicted_step_ms"]
+    assert cost["assumed"]["timed_on"]["device"] == "cpu"
+    half = script.call("POST", path, 200, {"assume": {"precision": "bf16"}})["cost"]
+    assert half["predicted_step_ms"] is None  # timed at full precision
+
+
 def test_bad_input_is_refused_in_words_and_nothing_is_lost(
     script: Script, model: dict[str, Any]
 ) -> None:

@@ -68,6 +68,12 @@ def compare_mechanisms(service: Verbs, model_id: Id, body: Body) -> Answer:
     return Answer(service.compare_mechanisms(model_id, body), 202)
 
 
+@router.post("/{model_id}/calibrate", status_code=202)
+def calibrate(service: Verbs, model_id: Id) -> Answer:
+    """Have a worker time the model's operations; plans then predict the time of a step."""
+    return Answer(service.calibrate(model_id), 202)
+
+
 @router.post("/{model_id}/configs/import", status_code=201, openapi_extra=takes(rules=RULES))
 def import_config(
     service: Verbs,

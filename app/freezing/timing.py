@@ -1,0 +1,105 @@
+"""Timing: a calibration read back, and the step time that it predicts. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import compress
+from typing import Any
+
+from app.freezing.graph import ModelGraph
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """What was timed at one batch size, in milliseconds."""
+
+    batch_size: int
+    wires: Sequence[float]
+    forward: Sequence[float]
+    backward_ms: float
+    optimizers: Mapping[str, Sequence[float]]
+
+
+@dataclass(frozen=True, eq=False)
+class Timing:
+    """How long the parts of a model's step take on one machine.
+
+    Attributes:
+        device: as torch names it.
+        threads: how many it was timed with.
+    """
+
+    device: str
+    threads: int
+    batches: tuple[_Batch, ...]
+
+    def describe(self) -> dict[str, Any]:
+        """On what it was timed, as a plan shows it."""
+        sizes = [batch.batch_size for batch in self.batches]
+        return {"device": self.device, "threads": self.threads, "batch_sizes": sizes}
+
+    def predict_ms(
+        self,
+        graph: ModelGraph,
+        near: Sequence[int],
+        stepped: Sequence[bool],
+        optimizer: str,
+        batch_size: int,
+    ) -> float:
+        """Milliseconds of one step: forward, backward and the optimizer's.
+
+        In between and beyond the batch sizes that were timed, along a straight line.
+
+        Args:
+            near: `Walk.nearest` of what gets a gradient.
+            stepped: for every parameter whether the optimizer moves it.
+        """
+        few, many = self.batches
+        first = self._at(few, graph, near, stepped, optimizer)
+        second = self._at(many, graph, near, stepped, optimizer)
+        share = (batch_size - few.batch_size) / (many.batch_size - few.batch_size)
+        return max(0.1 * first, first + max(0.0, second - first) * share)
+
+    def _at(
+        self,
+        batch: _Batch,
+        graph: ModelGraph,
+        near: Sequence[int],
+        stepped: Sequence[bool],
+        optimizer: str,
+    ) -> float:
+        walk = graph.walk
+        backward = walk.sum_live(batch.wires, near)
+        once, by_node, by_backward = batch.forward
+        forward = once + by_node * walk.sum_live(walk.node_count, near) + by_backward * backward
+        sizes = [size for size in compress(walk.reached_bytes, stepped) if size]
+        if not sizes:
+            return forward
+        once, by_tensor, by_byte = batch.optimizers[optimizer]
+        update = once + by_tensor * len(sizes) + by_byte * sum(sizes)
+        return forward + batch.backward_ms + backward + update
+
+
+def read_timing(document: Mapping[str, Any], graph: ModelGraph) -> Timing | None:
+    """What `calibrate_model` wrote; None where it is of another format or another graph."""
+    if document.get("format") != FORMAT or document.get("fingerprint") != graph.fingerprint:
+        return None
+    if any(len(batch["nodes"]) != len(graph.nodes) for batch in document["batches"]):
+        return None
+    return Timing(
+        document["device"],
+        document["threads"],
+        tuple(
+            _Batch(
+                batch["batch_size"],
+                graph.walk.spread(batch["nodes"]),
+                batch["forward"],
+                batch["backward_ms"],
+                batch["optimizers"],
+            )
+            for batch in document["batches"]
+        ),
+    )

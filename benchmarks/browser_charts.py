@@ -1,0 +1,285 @@
+"""What a real browser takes to draw, read and move over a job: heatmap, charts, a page at rest.
+
+Run alone: python -m benchmarks.browser_charts [steps of the job with 2,000 layers].
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import re
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from benchmarks.browser import browse
+from playwright.sync_api import Page
+from sqlmodel import Session
+
+from app.freezing.graph import ModelGraph, Module, Parameter
+from app.jobs import folder as job_folder
+from app.jobs.spool import Record
+from app.service import Service
+from app.settings import Settings
+from app.store import jobs, samples
+from app.store.db import Database
+from app.store.tables import Attempt, Job, Model, Task
+
+PORTION = 500
+WATCH = """() => {
+    window.long = [];
+    window.watch = new PerformanceObserver((list) => {
+        for (const entry of list.getEntries()) long.push(Math.round(entry.duration));
+    });
+    watch.observe({type: "longtask"});
+}"""
+# Levels, colours and pixels of 500 layers × 2,000 steps, as the page draws them: median of seven.
+DRAW = """async () => {
+    const { measure, paint, toMatrix } = await import("/static/heatpaint.js");
+    const [layers, steps] = [500, 2000];
+    const row = () => Array.from({length: steps}, () => Math.exp(4 * Math.random()));
+    const values = Array.from({length: layers}, row);
+    const names = values.map((_, i) => `layer.${i}`);
+    const given = {layers: names, steps: values[0].map((_, i) => i + 1), values};
+    const view = {from: 1, to: steps + 1, top: 0, bottom: layers, width: 900, height: 480};
+    const canvas = document.createElement("canvas");
+    canvas.width = 900; canvas.height = 480;
+    const context = canvas.getContext("2d");
+    const taken = [];
+    for (let i = 0; i < 7; i++) {
+        const began = performance.now();
+        const matrix = toMatrix(given);
+        context.putImageData(paint(matrix, measure(matrix), view), 0, 0);
+        context.getImageData(0, 0, 1, 1);
+        taken.push(performance.now() - began);
+    }
+    return taken;
+}"""
+
+
+class Nobody:
+    """A runner that runs nothing: the jobs here are made of numbers."""
+
+    def devices(self) -> list[dict[str, Any]]:
+        return [{"id": "cpu", "name": "CPU", "kind": "cpu", "bytes": 2**33, "busy": False}]
+
+    def slots(self) -> dict[str, dict[str, int]]:
+        return {}
+
+    def keeper(self) -> dict[str, Any]:
+        return {}
+
+    def wake(self) -> None:
+        pass
+
+
+def make_graph(layers: int) -> ModelGraph:
+    names = [f"encoder.layer.{i // 8}.part{i % 8}" for i in range(layers)]
+    modules = [Module(name, "Linear", 3, (f"{name}.weight",)) for name in names]
+    weights = [
+        Parameter(f"{name}.weight", (8, 8), "float32", 64, 256, True, True) for name in names
+    ]
+    return ModelGraph((Module("", "Net", 0), *modules), tuple(weights))
+
+
+def add_job(folder: Path, db: Database, layers: int, metrics: int, steps: int) -> int:
+    """An ended job of made-up numbers, with a model of as many layers."""
+    service = Service(Settings(data_dir=folder), db, Nobody())
+    model_id = service.add_model({"uri": "demo:digits", "kwargs": {}})["id"]
+    (folder / "graphs").mkdir(exist_ok=True)
+    graph = make_graph(layers)
+    job_folder.write_document(folder / "graphs" / f"{model_id}.json", graph.to_document())
+
+    def be_ready(session: Session) -> None:
+        for row in (session.get_one(Model, model_id), session.get_one(Task, model_id)):
+            row.state = "ready" if isinstance(row, Model) else "succeeded"
+            session.add(row)
+
+    db.write(be_ready)
+    config = {"rules": [{"action": "freeze", "match": "encoder.layer.0"}]}
+    job_id = service.launch_job(
+        {"model_id": model_id, "config": config, "dataset": {"uri": "demo:digits"}}
+    )["id"]
+    rng = random.Random(0)
+    pool = [rng.lognormvariate(0, 1) for _ in range(10_007)]
+
+    def begin(session: Session) -> None:
+        jobs.start_attempt(session, session.get_one(Job, job_id), "cpu", None)
+
+    db.write(begin)
+    paths = [module.path for module in graph.layers]
+    records = [Record(1, 1, "start", {"layers": paths, "step": 0, "total_steps": steps})]
+    for step in range(1, steps + 1):
+        values = {f"eval/set{i}/loss": pool[(step * 31 + i) % 10_007] for i in range(metrics)}
+        told = {"step": step, "epoch": step / steps, "values": values, "step_ms": 1.0}
+        records.append(Record(1, 2 * step, "metrics", told))
+        if layers > 8:
+            first = step * 37 % (10_007 - layers)
+            column = pool[first : first + layers]
+            norms = dict.fromkeys(("grad_norm", "update_norm", "weight_norm"), column)
+            records.append(Record(1, 2 * step + 1, "layers", {"step": step, **norms}))
+        if step % PORTION == 0 or step == steps:
+            portion, records = records, []
+
+            def store(session: Session, portion: list[Record] = portion) -> None:
+                rows = session.get_one(Job, job_id), session.get_one(Attempt, (job_id, 1))
+                samples.ingest(session, *rows, portion, 0)
+
+            db.write(store)
+
+    def end(session: Session) -> None:
+        rows = session.get_one(Job, job_id), session.get_one(Attempt, (job_id, 1))
+        jobs.end_attempt(session, *rows, "succeeded")
+
+    db.write(end)
+    return int(job_id)
+
+
+@contextmanager
+def serve_folder(folder: Path) -> Iterator[str]:
+    """A server of that data folder; its login link."""
+    command = [sys.executable, "-m", "app", "serve", "--port", "0", "--no-open", "--stop-jobs"]
+    environment = {**os.environ, "FROSTLINE_DATA_DIR": str(folder)}
+    with subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ) as process:
+        assert process.stdout is not None
+        try:
+            links = (re.search(r"http://\S+/login\?link=\S+", line) for line in process.stdout)
+            yield next(found.group() for found in links if found)
+        finally:
+            process.send_signal(signal.SIGTERM)
+            process.communicate(timeout=60)
+
+
+def long_tasks(page: Page) -> str:
+    """The tasks over 50 ms since the watch began."""
+    page.evaluate("() => new Promise((done) => setTimeout(done, 300))")
+    found = sorted(page.evaluate("watch.takeRecords().forEach(() => 0), long"), reverse=True)
+    return f"{len(found)} tasks over 50 ms{f', the longest {found[0]} ms' if found else ''}"
+
+
+def open_job(page: Page, job_id: int, reading: str) -> float:
+    """Seconds until the heatmap of a job is drawn."""
+    page.goto(f"/jobs/{job_id}")
+    page.wait_for_function(
+        "(words) => document.getElementById('heat-reading')?.textContent.includes(words)",
+        arg=reading,
+        polling="raf",
+    )
+    return float(page.evaluate("performance.now()")) / 1000
+
+
+def measure_heatmap(page: Page, job_id: int) -> None:
+    taken = page.evaluate(DRAW)
+    median = statistics.median(taken)
+    print(f"heatmap of 500 × 2,000 drawn: {median:.0f} ms median, {max(taken):.0f} ms at most")
+    open_job(page, job_id, "500 layers")
+    box = page.locator(".heat canvas").first
+    box.scroll_into_view_if_needed()
+    bounds = box.bounding_box()
+    assert bounds is not None
+    page.evaluate(WATCH)
+    for i in range(200):
+        share = i / 200
+        page.mouse.move(bounds["x"] + bounds["width"] * share, bounds["y"] + 20 + 440 * share)
+    print(f"hovering over it, 200 moves: {long_tasks(page)}")
+
+
+def measure_charts(page: Page, job_id: int) -> None:
+    page.goto(f"/jobs/{job_id}")
+    over = page.locator("figure.chart .u-over").first
+    over.wait_for()
+    over.scroll_into_view_if_needed()
+    bounds = over.bounding_box()
+    assert bounds is not None
+    y = bounds["y"] + bounds["height"] / 2
+
+    def drag(begin: float, end: float) -> None:
+        page.mouse.move(bounds["x"] + begin, y)
+        page.mouse.down()
+        page.mouse.move(bounds["x"] + end, y, steps=60)
+        page.mouse.up()
+
+    with page.expect_response(re.compile(r"/metrics\?.*from=")):
+        drag(60, 160)
+    page.evaluate(WATCH)
+    page.keyboard.down("Shift")
+    for _ in range(3):
+        with page.expect_response(re.compile(r"/metrics\?.*from=")):
+            drag(150, 40)
+    page.keyboard.up("Shift")
+    print(f"twenty series of 50,000 points panned, 180 moves: {long_tasks(page)}")
+
+
+def measure_rest(page: Page) -> None:
+    """CPU time of every process of the browser while a job is held and nothing changes."""
+    send = """async ([path, body]) => {
+        const headers = {"Content-Type": "application/json"};
+        const answer = await fetch(path, {method: "POST", headers, body: JSON.stringify(body)});
+        return await answer.json();
+    }"""
+    model = page.evaluate(send, ["/api/models", {"uri": "demo:digits"}])
+
+    def until(path: str, state: str) -> None:
+        page.evaluate(
+            """async ([path, state]) => {
+                while ((await (await fetch(path)).json()).state !== state)
+                    await new Promise((done) => setTimeout(done, 300));
+            }""",
+            [path, state],
+        )
+
+    until(f"/api/models/{model['id']}", "ready")
+    job = page.evaluate(
+        send,
+        ["/api/jobs", {"model_id": model["id"], "config": {"rules": []},
+                       "dataset": {"uri": "demo:digits"}, "training": {"epochs": 100_000}}],
+    )  # fmt: skip
+    address = f"/api/jobs/{job['id']}"
+    until(address, "running")
+    page.evaluate(send, [f"{address}/pause", {"mode": "hold"}])
+    until(address, "paused")
+    open_job(page, job["id"], "19 layers")
+    time.sleep(5)  # what opening the page took is not what it takes at rest
+    assert page.context.browser is not None
+    session = page.context.browser.new_browser_cdp_session()
+
+    def busy() -> float:
+        return sum(p["cpuTime"] for p in session.send("SystemInfo.getProcessInfo")["processInfo"])
+
+    before, began = busy(), time.perf_counter()
+    time.sleep(15)
+    share = (busy() - before) / (time.perf_counter() - began)
+    print(f"a page of a job that is held: {share:.1%} of one core, all of the browser's processes")
+    page.evaluate(send, [f"{address}/stop", {}])
+
+
+def main(large_steps: int = 1_000) -> None:
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        db = Database(folder / "frostline.db")
+        heat = add_job(folder, db, layers=500, metrics=1, steps=2_000)
+        lines = add_job(folder, db, layers=4, metrics=20, steps=50_000)
+        large = add_job(folder, db, layers=2_000, metrics=1, steps=large_steps)
+        db.close()
+        with serve_folder(folder) as link, browse(link) as page:
+            opened = [open_job(page, large, "2,000 layers") for _ in range(5)]
+            print(
+                f"page of 2,000 layers × {large_steps:,} steps, until its heatmap is drawn: "
+                f"{statistics.median(opened):.2f} s median, {max(opened):.2f} s at most"
+            )
+            measure_heatmap(page, heat)
+            measure_charts(page, lines)
+            measure_rest(page)
+
+
+if __name__ == "__main__":
+    main(*(int(steps) for steps in sys.argv[1:2]))

@@ -1,0 +1,187 @@
+"""The predicted step time beside the measured one: eight models, five freeze sets each.
+
+Run alone: python -m benchmarks.predict [NAME …]. Each model is calibrated as a worker does it, then
+really trained for some steps under each set. It takes minutes.
+"""
+
+import argparse
+import os
+import statistics
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # as workers run
+
+import torch
+from torch import nn
+
+from app.freezing.calibrate import calibrate_model
+from app.freezing.graph import ModelGraph
+from app.freezing.timing import read_timing
+from app.freezing.trace import call_model, scalar_loss, trace_model
+from app.sources.demo.networks import build_network
+
+BATCH, TRACED = 32, 2
+STEPS = 15
+
+
+class Recurrent(nn.Module):
+    """An embedding, a two-layer LSTM and a head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.head = nn.Embedding(500, 64), nn.Linear(96, 20)
+        self.rnn = nn.LSTM(64, 96, 2, batch_first=True)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        return self.head(self.rnn(self.embedding(tokens))[0].mean(1))
+
+
+class Convolutional(nn.Module):
+    """Four residual blocks of convolutions with BatchNorm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 32, 3, padding=1)
+        self.blocks = nn.ModuleList(
+            nn.Sequential(nn.Conv2d(32, 32, 3, padding=1), nn.BatchNorm2d(32), nn.ReLU())
+            for _ in range(4)
+        )
+        self.head = nn.Linear(32, 10)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.stem(x)
+        for block in self.blocks:
+            x = x + block(x)
+        return self.head(x.mean((2, 3)))
+
+
+def from_library(name: str, options: dict[str, Any]) -> nn.Module:
+    import transformers
+
+    model_class = getattr(transformers, name)
+    return model_class(model_class.config_class(**options))
+
+
+TEXT = {"vocab_size": 1000, "hidden_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4,
+        "intermediate_size": 256, "max_position_embeddings": 64}  # fmt: skip
+
+
+def words(rows: int) -> dict[str, torch.Tensor]:
+    return {"input_ids": torch.randint(3, 1000, (rows, 32))}
+
+
+def pictures(rows: int) -> torch.Tensor:
+    return torch.randn(rows, 3, 16, 16)
+
+
+MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[int], Any]]] = {
+    "demo": (
+        lambda: build_network("digits", num_classes=None, random_init=True),
+        lambda rows: torch.randn(rows, 1, 8, 8),
+    ),
+    "mlp": (
+        lambda: nn.Sequential(*[m for _ in range(6) for m in (nn.Linear(256, 256), nn.GELU())]),
+        lambda rows: torch.randn(rows, 256),
+    ),
+    "convnet": (Convolutional, pictures),
+    "lstm": (Recurrent, lambda rows: torch.randint(0, 500, (rows, 24))),
+    "encoder": (
+        lambda: nn.TransformerEncoder(
+            nn.TransformerEncoderLayer(96, 4, 192, batch_first=True, dropout=0.0), 4
+        ),
+        lambda rows: torch.randn(rows, 24, 96),
+    ),
+    "bert": (lambda: from_library("BertForSequenceClassification", TEXT), words),
+    "llama": (lambda: from_library("LlamaForCausalLM", {**TEXT, "num_key_value_heads": 2}), words),
+    "vit": (
+        lambda: from_library(
+            "ViTForImageClassification",
+            {"hidden_size": 96, "num_hidden_layers": 4, "num_attention_heads": 4,
+             "intermediate_size": 192, "image_size": 16, "patch_size": 4},
+        ),
+        lambda rows: {"pixel_values": pictures(rows)},
+    ),
+}  # fmt: skip
+
+
+def freeze_sets(graph: ModelGraph) -> Iterator[tuple[str, list[bool]]]:
+    """What trains with a frozen prefix, suffix and middle, of the head alone, of biases alone."""
+    count = graph.tensor_count
+    third = count // 3
+    reached = graph.walk.is_reached
+
+    def keep(chosen: Callable[[int], bool]) -> list[bool]:
+        return [bool(r) and chosen(i) for i, r in enumerate(reached)]
+
+    yield "prefix", keep(lambda i: i >= 2 * third)
+    yield "suffix", keep(lambda i: i < third)
+    yield "middle", keep(lambda i: not third <= i < 2 * third)
+    yield "head", keep(lambda i: i >= count - 2)
+    biases = keep(lambda i: graph.parameters[i].name.endswith("bias"))
+    norms = keep(lambda i: len(graph.parameters[i].shape) < 2)  # of a model without any bias
+    yield "biases", biases if any(biases) else norms
+
+
+def measure_ms(model: nn.Module, example: Any, graph: ModelGraph, trains: list[bool]) -> float:
+    """Median of some real steps."""
+    named = dict(model.named_parameters())
+    for parameter, flag in zip(graph.parameters, trains, strict=True):
+        named[parameter.name].grad = None
+        named[parameter.name].requires_grad_(flag)
+    trainable = [p for p in named.values() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trainable, lr=1e-4)
+    taken = []
+    for _ in range(STEPS + 2):
+        started = time.perf_counter()
+        scalar_loss(call_model(model, example), example, None).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        taken.append((time.perf_counter() - started) * 1e3)
+    return statistics.median(taken[2:])
+
+
+def compare_model(name: str, seconds: float) -> list[float]:
+    """Relative errors, one for each freeze set; a line for each is printed."""
+    torch.manual_seed(0)
+    build, make_example = MODELS[name]
+    model = build().train()
+    graph = trace_model(model, make_example(TRACED))
+    started = time.perf_counter()
+    document = calibrate_model(model, make_example(TRACED), graph, seconds=seconds)
+    took = time.perf_counter() - started
+    timing = read_timing(document, graph)
+    assert timing is not None
+    errors = []
+    for label, trains in freeze_sets(graph):
+        near = graph.walk.nearest(trains)
+        predicted = timing.predict_ms(graph, near, trains, "adamw", BATCH)
+        measured = measure_ms(model, make_example(BATCH), graph, trains)
+        errors.append(abs(predicted / measured - 1))
+        print(
+            f"{name:8} {label:7} predicted {predicted:7.2f} ms  measured {measured:7.2f} ms"
+            f"  {predicted / measured - 1:+6.1%}   (calibrated in {took:.1f} s)",
+            flush=True,
+        )
+    return errors
+
+
+def main(names: list[str], seconds: float) -> None:
+    warnings.simplefilter("ignore")
+    errors = sorted(e for name in names or MODELS for e in compare_model(name, seconds))
+    worst = errors[min(len(errors) - 1, int(len(errors) * 0.9))]
+    print(
+        f"{len(errors)} predictions: {statistics.median(errors):.1%} off at the median, "
+        f"{worst:.1%} at the 90th percentile"
+    )
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("names", nargs="*", help=f"only these of {', '.join(MODELS)}")
+    parser.add_argument("--seconds", type=float, default=10.0, help="for each calibration")
+    arguments = parser.parse_args()
+    main(arguments.names, arguments.seconds)
