@@ -61,6 +61,7 @@ class Settings(BaseSettings):
     insecure_http: bool = False
     stall_seconds: float = Field(default=600.0, gt=0)
     restart_seconds: float = Field(default=5.0, ge=0)  # before a job that was cut short goes on
+    keep_stats_days: float | None = Field(default=None, ge=0)  # layer statistics of ended jobs
     min_free_bytes: int = Field(default=100_000_000, ge=0)  # below which no job is started
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import random
 import re
+import shutil
 import signal
 import statistics
 import subprocess
@@ -19,8 +20,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from benchmarks.browser import browse
-from playwright.sync_api import Page
+from playwright.sync_api import Page, sync_playwright
 from sqlmodel import Session
 
 from app.freezing.graph import ModelGraph, Module, Parameter
@@ -103,7 +103,7 @@ def add_job(folder: Path, db: Database, layers: int, metrics: int, steps: int) -
             session.add(row)
 
     db.write(be_ready)
-    config = {"rules": [{"action": "freeze", "match": "encoder.layer.0"}]}
+    config = {"rules": [{"action": "freeze", "match": "encoder.layer.0.part0"}]}
     job_id = service.launch_job(
         {"model_id": model_id, "config": config, "dataset": {"uri": "demo:digits"}}
     )["id"]
@@ -157,6 +157,23 @@ def serve_folder(folder: Path) -> Iterator[str]:
         finally:
             process.send_signal(signal.SIGTERM)
             process.communicate(timeout=60)
+
+
+@contextmanager
+def browse(link: str) -> Iterator[Page]:
+    """A page of a headless Chromium that has logged in."""
+    path = shutil.which("chromium") or shutil.which("chromium-browser")
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(
+            executable_path=path, args=["--no-sandbox", "--disable-gpu"]
+        )
+        page = browser.new_page(viewport={"width": 1280, "height": 900})
+        page.set_default_timeout(60_000)
+        page.goto(link)
+        page.get_by_role("button", name="Log in").click()
+        page.wait_for_url(lambda url: "/login" not in url)
+        yield page
+        browser.close()
 
 
 def long_tasks(page: Page) -> str:

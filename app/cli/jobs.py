@@ -90,12 +90,18 @@ def delete(settings: "Settings", job: JobArgument) -> None:
 def export(
     settings: "Settings",
     job: JobArgument,
-    output: Annotated[Path, typer.Option("-o", "--output", help="The file to write.")],
+    output: Annotated[
+        Path,
+        typer.Option("-o", "--output", help="The file to write; for tensorboard its folder."),
+    ],
     format_: Annotated[
         Literal["csv", "parquet", "json", "tensorboard"], typer.Option("--format")
     ] = "csv",
 ) -> None:
     """A job's metrics and layer statistics as a file."""
+    if format_ == "tensorboard":  # which finds its files by what their names contain
+        output.mkdir(parents=True, exist_ok=True)
+        output /= f"events.out.tfevents.frostline-job-{job}"
     draft = output.with_name(f"{output.name}.{os.getpid()}.part")
     with server_for(settings) as server:
         try:

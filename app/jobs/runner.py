@@ -24,6 +24,7 @@ from app.training.places import checkpoint_path, checkpoint_steps
 
 logger = logging.getLogger(__name__)
 
+TIDY_SECONDS = 3600.0  # between two looks for what may be removed
 LIVE_SECONDS = 0.1  # between two looks while something runs: how fresh charts are
 IDLE_SECONDS = 1.0
 ABSENT_SECONDS = 5.0  # a longer gap between two looks means that this process stood still
@@ -56,6 +57,7 @@ class Runner:
         self._tasks = Tasks(settings, db, self._processes)
         self._troubles: dict[str, str] = {}
         self._cards = Cards(settings, db)
+        self._tidy_at = 0.0
         self._has_caught_up = False
         self._last_tick: float | None = None
         self._busy: dict[str, list[int]] = {}
@@ -106,7 +108,16 @@ class Runner:
         started = self._start_queued(now, is_ready)
         self._guarded("the cards in the job folders", self._cards.keep)
         self._count_busy()
+        if now >= self._tidy_at:
+            self._guarded("what may be removed", partial(self._tidy, now))
         return bool(live or tasks or started or not is_ready)
+
+    def _tidy(self, now: float) -> None:
+        """Remove what is too old and what a deleted job left, a portion at a time."""
+        if (days := self._settings.keep_stats_days) is not None:
+            self._db.write(lambda session: jobs.expire_stats(session, days))
+        is_more = self._db.write(jobs.delete_leftovers)
+        self._tidy_at = now if is_more else now + TIDY_SECONDS
 
     def _catch_up(self) -> None:
         read_unread(self._db, self._settings.data_dir)

@@ -19,7 +19,8 @@ from app.service.documents import (
     find_row,
     iso,
 )
-from app.service.export import export_csv, export_json
+from app.service.export import FORMATS
+from app.service.insights import find_insights, read_course
 from app.service.jobs import Jobs
 from app.service.news import Event, Place, find_end, read_all_news, read_job_news
 from app.service.timeline import describe_timeline, rules_now
@@ -68,12 +69,20 @@ class Records(Jobs):
             raise InvalidDocument([("match", str(error))]) from error
         with self._db.read() as session:
             find_row(session, Job, job_id)
-            layers = samples.read_layers(session, job_id)
-            positions = [index for index, path in enumerate(layers) if is_wanted(path)]
+            marks = samples.read_marks(session, job_id)
+            positions = [layer.position for layer in marks if is_wanted(layer.path)]
             steps, values = charts.read_matrix(
                 session, job_id, stat, positions, points, from_, to, reduce
             )
-        return {"layers": [layers[i] for i in positions], "steps": steps, "values": values}
+        shown = [marks[position] for position in positions]
+        return {
+            "layers": [layer.path for layer in shown],
+            "steps": steps,
+            "values": values,
+            # Between two exact passes, an update norm of these is an estimate from a sample.
+            "estimated": [layer.path for layer in shown if layer.estimated and "update" in stat],
+            "unreached": [layer.path for layer in shown if layer.unreached],
+        }
 
     def read_proof(self, job_id: int) -> Document:
         with self._db.read() as session:
@@ -155,19 +164,18 @@ class Records(Jobs):
     def export_job(self, job_id: int, format: str = "csv") -> tuple[str, str, Iterator[bytes]]:  # noqa: A002
         """(filename, media type, pieces) of all samples, one a row: step, layer, name, value."""
         document = self.get_job(job_id)
-        if format == "csv":
-            return f"job-{job_id}.csv", "text/csv", export_csv(self._db, job_id)
-        if format == "json":
-            pieces = export_json(self._db, job_id, document)
-            return f"job-{job_id}.json", "application/json", pieces
-        raise InvalidDocument(
-            [
-                (
-                    "format",
-                    f"{show_value(format)} is not a format of this version; 'csv' and 'json' are.",
-                )
-            ]
-        )
+        if format not in FORMATS:
+            choices = ", ".join(FORMATS)
+            raise InvalidDocument([("format", f"{format!r} is not a format; {choices} are.")])
+        chosen = FORMATS[format]
+        filename = chosen.filename.format(id=job_id)
+        return filename, chosen.media_type, chosen.write(self._db, document)
+
+    def read_insights(self, job_id: int) -> Document:
+        """What the layers' measures say: findings with their evidence, over the steps recorded."""
+        with self._db.read() as session:
+            job = find_row(session, Job, job_id)
+            return find_insights(read_course(session, job))
 
     @property
     def version(self) -> int:

@@ -1,6 +1,7 @@
 """Jobs: their rows, every transition they may make, and the one statement that makes it."""
 
 from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from sqlalchemy import text, update
@@ -234,6 +235,18 @@ def delete_job(session: Session, job: Job) -> None:
         session.exec(delete(Sweep).where(col(Sweep.id) == job.sweep_id))
 
 
+def expire_stats(session: Session, days: float) -> None:
+    """Take the layer statistics from jobs that ended so many days ago; their curves stay.
+
+    `delete_leftovers` then removes the rows.
+    """
+    before = (datetime.now(UTC) - timedelta(days=days)).isoformat(timespec="milliseconds")
+    session.connection().exec_driver_sql(
+        "DELETE FROM layer WHERE job_id IN (SELECT id FROM job WHERE ended_at < ?)",
+        (before.replace("+00:00", "Z"),),
+    )
+
+
 def delete_leftovers(session: Session, limit: int = 100_000) -> bool:
     """Remove up to so many rows of jobs that are gone, and give their space back.
 
@@ -250,7 +263,8 @@ def delete_leftovers(session: Session, limit: int = 100_000) -> bool:
             f"""WITH RECURSIVE owned(id) AS (SELECT min({key}) FROM {table} UNION ALL
                 SELECT (SELECT min({key}) FROM {table} WHERE {key} > id) FROM owned
                 WHERE id IS NOT NULL)
-                SELECT min(id) FROM owned WHERE id NOT IN (SELECT id FROM {owner})"""  # noqa: S608
+                SELECT min(id) FROM owned
+                WHERE NOT EXISTS (SELECT 1 FROM {owner} = owned.id)"""  # noqa: S608
         ).scalar_one()
         if found is not None:
             connection.exec_driver_sql(
@@ -265,10 +279,10 @@ def delete_leftovers(session: Session, limit: int = 100_000) -> bool:
 
 
 _RECORDED = (
-    ("layer_stat", "job_id", "job_id, position, step", "job"),
-    ("layer_rollup", "job_id", "job_id, width, position, block", "job"),
-    ("metric", "series_id", "series_id, step", "series"),
-    ("metric_rollup", "series_id", "series_id, width, block", "series"),
+    ("layer_stat", "job_id", "job_id, position, step", "layer WHERE job_id"),
+    ("layer_rollup", "job_id", "job_id, width, position, block", "layer WHERE job_id"),
+    ("metric", "series_id", "series_id, step", "series WHERE id"),
+    ("metric_rollup", "series_id", "series_id, width, block", "series WHERE id"),
 )
 
 

@@ -220,6 +220,21 @@ def read_layers(session: Session, job_id: int) -> list[str]:
     return list(session.exec(query).all())
 
 
+def read_marks(session: Session, job_id: int) -> Sequence[Layer]:
+    """A job's layers with what the newest exact pass found, by position."""
+    query = select(Layer).where(Layer.job_id == job_id).order_by(col(Layer.position))
+    return session.exec(query).all()
+
+
+def count_steps(session: Session, job_id: int) -> tuple[int, int]:
+    """The first step with layer statistics, and how many have some."""
+    query = (
+        "SELECT coalesce(min(step), 0), count(*) FROM layer_stat WHERE job_id = ? AND position = 0"
+    )
+    first, count = session.connection().exec_driver_sql(query, (job_id,)).one()
+    return first, count
+
+
 def read_metrics_since(
     session: Session, job_id: int, metric_id: int, limit: int = 10_000
 ) -> tuple[dict[str, dict[str, list[Any]]], int]:

@@ -184,6 +184,16 @@ def test_checkpoints_log_and_export_are_files(api: httpx2.Client, job: dict[str,
     assert export.headers["Content-Disposition"].startswith("attachment")
     assert b"loss" in export.content
     assert api.get(f"{path}/export", params={"format": "xls"}).status_code == 422
+    parquet = api.get(f"{path}/export", params={"format": "parquet"})
+    assert parquet.content[-4:] == b"PAR1"
+    packed = api.get(f"{path}/layers", params={"as": "float32", "points": 5}).content
+    head, _, values = packed.partition(b"\n")
+    shape = json.loads(head)
+    assert len(values) == 4 * len(shape["layers"]) * len(shape["steps"]) > 0
+    insights = api.get(f"{path}/insights").json()
+    assert insights["steps"][0] == 1
+    assert all(set(f) == {"code", "message", "names", "evidence"} for f in insights["findings"])
+    assert 0 < api.get(path).json()["measure_percent"] < 100
     ask(api, "DELETE", f"{path}/checkpoints/20", 204)
     ask(api, "GET", f"{path}/checkpoints/20/model.safetensors", 404)
 

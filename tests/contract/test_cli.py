@@ -168,6 +168,12 @@ def test_training_exporting_verifying_and_deleting(served: Path) -> None:
     assert json.loads(run(served, "jobs", "--json"))[0]["id"] == job["id"]
     assert "succeeded" in run(served, "jobs")
     run(served, "export", number, "--format", "csv", "-o", str(served / "out.csv"))
+    run(served, "export", number, "--format", "parquet", "-o", str(served / "out.parquet"))
+    assert (served / "out.parquet").read_bytes()[-4:] == b"PAR1"
+    run(served, "export", number, "--format", "tensorboard", "-o", str(served / "events"))
+    (events,) = (served / "events").iterdir()
+    assert "tfevents" in events.name
+    assert events.stat().st_size > 1000
     assert "loss" in (served / "out.csv").read_text()
     folders = sorted((served / "jobs" / number / "checkpoints").iterdir())
     first, last = folders[0], folders[-1]

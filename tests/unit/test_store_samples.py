@@ -358,3 +358,28 @@ def test_a_deleted_job_gives_its_space_back(db: Database) -> None:
             assert session.connection().exec_driver_sql(query).scalar_one() == 0
         pages = session.connection().exec_driver_sql("PRAGMA page_count").scalar_one()
     assert pages * 4096 < 200_000
+
+
+def test_statistics_of_jobs_that_ended_long_ago_expire_and_their_curves_stay(db: Database) -> None:
+    column = [1.0] * 3
+    ingest(db, [start(), metrics(2, 1, loss=3.0), layers(3, 1, column, column, column)])
+
+    def end(session: Session) -> None:
+        job = session.get_one(Job, 1)
+        jobs.end_attempt(session, job, session.get_one(Attempt, (1, 1)), "failed")
+
+    def count(session: Session) -> int:
+        query = "SELECT count(*) FROM layer_stat"
+        return int(session.connection().exec_driver_sql(query).scalar_one())
+
+    def tidy(days: float) -> int:
+        db.write(lambda session: jobs.expire_stats(session, days))
+        while db.write(jobs.delete_leftovers):
+            pass
+        return db.write(count)
+
+    assert tidy(days=0) == 3  # it still runs
+    db.write(end)
+    assert tidy(days=1) == 3
+    assert tidy(days=-1) == 0
+    assert read_series(db)["loss"]["values"] == [3.0]

@@ -8,6 +8,7 @@ from starlette.concurrency import run_in_threadpool
 from starlette.responses import FileResponse, PlainTextResponse, Response, StreamingResponse
 
 from app.freezing.errors import InvalidDocument
+from app.service.export import FORMATS, pack_rows
 from app.web.api.body import (
     MAX_INTEGER,
     Answer,
@@ -23,6 +24,7 @@ from app.web.api.body import (
 )
 from app.web.api.configs import attachment
 from app.web.api.models import RULES
+from app.web.errors import to_json
 from app.web.guard import signed_in
 
 router = APIRouter(prefix="/jobs", tags=["jobs"], dependencies=[Depends(signed_in)])
@@ -142,7 +144,7 @@ def read_metrics(
     return Answer(service.read_metrics(job_id, name, points, from_, to))
 
 
-@router.get("/{job_id}/layers")
+@router.get("/{job_id}/layers", responses=gives("application/json", "application/octet-stream"))
 def read_layers(
     service: Verbs,
     job_id: Id,
@@ -152,9 +154,19 @@ def read_layers(
     to: To = None,
     match: str | None = None,
     reduce: Literal["max", "min", "last"] = "max",
-) -> Answer:
-    """One statistic of every layer, a row a layer, in at most `points` buckets of steps."""
-    return Answer(service.read_layers(job_id, stat, points, from_, to, match, reduce))
+    as_: Annotated[Literal["json", "float32"], Query(alias="as")] = "json",
+) -> Response:
+    """One statistic of every layer, a row a layer, in at most `points` buckets of steps.
+
+    As float32: one line of JSON without the values, then the rows of the matrix as little-endian
+    numbers; NaN where there is no value, and -1 where it was not a number.
+    """
+    found = service.read_layers(job_id, stat, points, from_, to, match, reduce)
+    if as_ == "json":
+        return Answer(found)
+    rows = found.pop("values")
+    head = to_json(found).encode() + b"\n"
+    return Response(head + pack_rows(rows), media_type="application/octet-stream")
 
 
 @router.get("/{job_id}/proof")
@@ -169,13 +181,19 @@ def read_job_config(service: Verbs, job_id: Id) -> Answer:
     return Answer(service.read_job_config(job_id))
 
 
+@router.get("/{job_id}/insights")
+def read_insights(service: Verbs, job_id: Id) -> Answer:
+    """What the layer statistics say about the layers, as findings with their evidence."""
+    return Answer(service.read_insights(job_id))
+
+
 @router.get("/{job_id}/log", responses=gives("text/plain"))
 def read_log(service: Verbs, job_id: Id, after: After = 0) -> Response:
     """What the job printed, from a byte on."""
     return PlainTextResponse(service.read_log(job_id, after))
 
 
-@router.get("/{job_id}/export", responses=gives("text/csv", "application/json"))
+@router.get("/{job_id}/export", responses=gives(*(f.media_type for f in FORMATS.values())))
 def export_job(service: Verbs, job_id: Id, format_: Format = "csv") -> Response:
     """Metrics and layer statistics as a file."""
     filename, media_type, content = service.export_job(job_id, format_)
