@@ -1,4 +1,4 @@
-"""What a person waits for in a real browser: a tree of 10,000 modules opened, ticked and scrolled."""
+"""What a person waits for in a real browser: a tree of 10,000 modules, opened and ticked."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from playwright.sync_api import Page, sync_playwright
 BLOCKS = 1_111  # of nine modules each, and three more: 10,002 modules
 ROUNDS = 5
 TICKS = 12
-MODEL = f'''
+MODEL = f"""
 from torch import nn, zeros
 
 
@@ -47,7 +47,7 @@ def build():
     model.add_module("layer", nn.Sequential(*(Block(4) for _ in range({BLOCKS}))))
     model.add_module("head", nn.Linear(4, 2))
     return {{"model": model, "example": zeros(2, 4)}}
-'''
+"""
 # Resolves with the milliseconds from a click to the frame that shows the plan's answer.
 TICK = """
 (path) => new Promise((resolve) => {
