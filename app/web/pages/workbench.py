@@ -31,6 +31,11 @@ from app.web.pages.training_form import dataset_request, training_request
 ASSUMED = ("batch_size", "sequence_length", "image_size", "optimizer", "precision")
 POLICIES = ("mechanism", "norm_statistics", "dropout")
 _DEFAULT_POLICIES = {key: str(config_document(FreezeConfig())[key]) for key in POLICIES}
+# As a form holds them.
+_DEFAULT_OPTIONS = {
+    option.name: str(option.default).lower() if option.kind == "bool" else str(option.default)
+    for option in OPTIONS
+}
 
 
 @dataclass(frozen=True)
@@ -104,7 +109,8 @@ class Choice:
         if self.opened is not None:
             items.append(("open", ",".join(map(str, sorted(self.opened)))))
         items += [("search", self.search)] * bool(self.search)
-        items += [(f"train.{name}", value) for name, value in self.training.items() if value]
+        given = self.training.items()
+        items += [(f"train.{n}", v) for n, v in given if v and v != _DEFAULT_OPTIONS.get(n)]
         items += [(f"assume.{name}", value) for name, value in self.assumed.items() if value]
         return urlencode(items)
 
