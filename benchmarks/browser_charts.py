@@ -167,7 +167,9 @@ def browse(link: str) -> Iterator[Page]:
         browser = playwright.chromium.launch(
             executable_path=path, args=["--no-sandbox", "--disable-gpu"]
         )
-        page = browser.new_page(viewport={"width": 1280, "height": 900})
+        page = browser.new_page(
+            viewport={"width": 1280, "height": 900}, base_url=link.partition("/login")[0]
+        )
         page.set_default_timeout(60_000)
         page.goto(link)
         page.get_by_role("button", name="Log in").click()
