@@ -81,12 +81,17 @@ class Nobody:
 
 
 def make_graph(layers: int) -> ModelGraph:
-    names = [f"encoder.layer.{i // 8}.part{i % 8}" for i in range(layers)]
-    modules = [Module(name, "Linear", 3, (f"{name}.weight",)) for name in names]
-    weights = [
-        Parameter(f"{name}.weight", (8, 8), "float32", 64, 256, True, True) for name in names
-    ]
-    return ModelGraph((Module("", "Net", 0), *modules), tuple(weights))
+    """Blocks of eight layers below one another, as large models are built."""
+    modules = [Module("", "Net", 0), Module("encoder", "Encoder", 1)]
+    weights = []
+    for i in range(layers):
+        block, part = f"encoder.layer{i // 8}", f"part{i % 8}"
+        if i % 8 == 0:
+            modules.append(Module(block, "Block", 2))
+        name = f"{block}.{part}.weight"
+        modules.append(Module(f"{block}.{part}", "Linear", 3, (name,)))
+        weights.append(Parameter(name, (8, 8), "float32", 64, 256, True, True))
+    return ModelGraph(tuple(modules), tuple(weights))
 
 
 def add_job(folder: Path, db: Database, layers: int, metrics: int, steps: int) -> int:
@@ -103,7 +108,7 @@ def add_job(folder: Path, db: Database, layers: int, metrics: int, steps: int) -
             session.add(row)
 
     db.write(be_ready)
-    config = {"rules": [{"action": "freeze", "match": "encoder.layer.0.part0"}]}
+    config = {"rules": [{"action": "freeze", "match": "encoder.layer0"}]}
     job_id = service.launch_job(
         {"model_id": model_id, "config": config, "dataset": {"uri": "demo:digits"}}
     )["id"]

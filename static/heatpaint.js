@@ -22,7 +22,7 @@ export function toLevel(value) {
   return value > 0 ? Math.log10(value) : -Infinity;
 }
 
-// {layers, steps, rows}: a Float32Array of levels a layer. A loop: from() with a function takes ten times as long.
+// {layers, steps, rows}: a Float32Array of levels a layer. A loop: from() with a function takes four times as long.
 export function toMatrix({ layers, steps, values }) {
   const rows = values.map((row) => {
     const levels = new Float32Array(row.length);
