@@ -108,7 +108,7 @@ def add_job(folder: Path, db: Database, layers: int, metrics: int, steps: int) -
             session.add(row)
 
     db.write(be_ready)
-    config = {"rules": [{"action": "freeze", "match": "encoder.layer0"}]}
+    config = {"rules": [{"action": "freeze", "match": "encoder.layer0.part0"}]}
     job_id = service.launch_job(
         {"model_id": model_id, "config": config, "dataset": {"uri": "demo:digits"}}
     )["id"]
