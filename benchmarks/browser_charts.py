@@ -252,13 +252,16 @@ def measure_rest(page: Page) -> None:
     }"""
     model = page.evaluate(send, ["/api/models", {"uri": "demo:digits"}])
 
-    def until(path: str, state: str) -> None:
+    def until(path: str, state: str, step: int = 0) -> None:
         page.evaluate(
-            """async ([path, state]) => {
-                while ((await (await fetch(path)).json()).state !== state)
+            """async ([path, state, step]) => {
+                for (;;) {
+                    const found = await (await fetch(path)).json();
+                    if (found.state === state && !(found.step < step)) return;
                     await new Promise((done) => setTimeout(done, 300));
+                }
             }""",
-            [path, state],
+            [path, state, step],
         )
 
     until(f"/api/models/{model['id']}", "ready")
@@ -268,7 +271,7 @@ def measure_rest(page: Page) -> None:
                        "dataset": {"uri": "demo:digits"}, "training": {"epochs": 100_000}}],
     )  # fmt: skip
     address = f"/api/jobs/{job['id']}"
-    until(address, "running")
+    until(address, "running", step=20)
     page.evaluate(send, [f"{address}/pause", {"mode": "hold"}])
     until(address, "paused")
     open_job(page, job["id"], "19 layers")
