@@ -38,6 +38,7 @@ zoo: $(READY)  ## how many of Transformers', timm's and torchvision's models sho
 pretrain: $(READY)  ## reproduce the demo's weights bit for bit from their seed
 	$(BIN)/python -m app.sources.demo.pretrain
 
+.PHONY: screenshots bench-browser
 screenshots: $(READY) $(VENDOR)  ## every page in every theme and width, photographed into screenshots/
 	$(BIN)/pytest -q tests/browser/test_looks.py
 
