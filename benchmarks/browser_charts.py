@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import random
 import re
+import shutil
 import signal
 import statistics
 import subprocess
@@ -19,8 +20,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from benchmarks.browser import browse
-from playwright.sync_api import Page
+from playwright.sync_api import Page, sync_playwright
 from sqlmodel import Session
 
 from app.freezing.graph import ModelGraph, Module, Parameter
@@ -81,12 +81,17 @@ class Nobody:
 
 
 def make_graph(layers: int) -> ModelGraph:
-    names = [f"encoder.layer.{i // 8}.part{i % 8}" for i in range(layers)]
-    modules = [Module(name, "Linear", 3, (f"{name}.weight",)) for name in names]
-    weights = [
-        Parameter(f"{name}.weight", (8, 8), "float32", 64, 256, True, True) for name in names
-    ]
-    return ModelGraph((Module("", "Net", 0), *modules), tuple(weights))
+    """Blocks of eight layers below one another, as large models are built."""
+    modules = [Module("", "Net", 0), Module("encoder", "Encoder", 1)]
+    weights = []
+    for i in range(layers):
+        block, part = f"encoder.layer{i // 8}", f"part{i % 8}"
+        if i % 8 == 0:
+            modules.append(Module(block, "Block", 2))
+        name = f"{block}.{part}.weight"
+        modules.append(Module(f"{block}.{part}", "Linear", 3, (name,)))
+        weights.append(Parameter(name, (8, 8), "float32", 64, 256, True, True))
+    return ModelGraph(tuple(modules), tuple(weights))
 
 
 def add_job(folder: Path, db: Database, layers: int, metrics: int, steps: int) -> int:
@@ -103,7 +108,7 @@ def add_job(folder: Path, db: Database, layers: int, metrics: int, steps: int) -
             session.add(row)
 
     db.write(be_ready)
-    config = {"rules": [{"action": "freeze", "match": "encoder.layer.0"}]}
+    config = {"rules": [{"action": "freeze", "match": "encoder.layer0.part0"}]}
     job_id = service.launch_job(
         {"model_id": model_id, "config": config, "dataset": {"uri": "demo:digits"}}
     )["id"]
@@ -157,6 +162,25 @@ def serve_folder(folder: Path) -> Iterator[str]:
         finally:
             process.send_signal(signal.SIGTERM)
             process.communicate(timeout=60)
+
+
+@contextmanager
+def browse(link: str) -> Iterator[Page]:
+    """A page of a headless Chromium that has logged in."""
+    path = shutil.which("chromium") or shutil.which("chromium-browser")
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(
+            executable_path=path, args=["--no-sandbox", "--disable-gpu"]
+        )
+        page = browser.new_page(
+            viewport={"width": 1280, "height": 900}, base_url=link.partition("/login")[0]
+        )
+        page.set_default_timeout(60_000)
+        page.goto(link)
+        page.get_by_role("button", name="Log in").click()
+        page.wait_for_url(lambda url: "/login" not in url)
+        yield page
+        browser.close()
 
 
 def long_tasks(page: Page) -> str:
@@ -228,13 +252,16 @@ def measure_rest(page: Page) -> None:
     }"""
     model = page.evaluate(send, ["/api/models", {"uri": "demo:digits"}])
 
-    def until(path: str, state: str) -> None:
+    def until(path: str, state: str, step: int = 0) -> None:
         page.evaluate(
-            """async ([path, state]) => {
-                while ((await (await fetch(path)).json()).state !== state)
+            """async ([path, state, step]) => {
+                for (;;) {
+                    const found = await (await fetch(path)).json();
+                    if (found.state === state && !(found.step < step)) return;
                     await new Promise((done) => setTimeout(done, 300));
+                }
             }""",
-            [path, state],
+            [path, state, step],
         )
 
     until(f"/api/models/{model['id']}", "ready")
@@ -244,7 +271,7 @@ def measure_rest(page: Page) -> None:
                        "dataset": {"uri": "demo:digits"}, "training": {"epochs": 100_000}}],
     )  # fmt: skip
     address = f"/api/jobs/{job['id']}"
-    until(address, "running")
+    until(address, "running", step=20)
     page.evaluate(send, [f"{address}/pause", {"mode": "hold"}])
     until(address, "paused")
     open_job(page, job["id"], "19 layers")
