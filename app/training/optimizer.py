@@ -35,19 +35,15 @@ def make_optimizer(groups: Groups, recipe: Recipe) -> torch.optim.Optimizer:
 
 
 def _begin_momentum(optimizer: torch.optim.Optimizer, *_: Any) -> None:
-    """Give what was unfrozen a momentum of zero, which the step makes its gradient.
+    """Begin every momentum as zero, which the first step makes the gradient.
 
-    Fused SGD takes a group in which all have momentum or none has, and raises TypeError otherwise;
-    the other implementations begin one with the gradient by themselves.
+    Left to itself, fused SGD refuses a group in which some have momentum and some, just unfrozen,
+    have none; and where a gradient scaler skips the first step, it keeps unwritten memory as one.
     """
     for group in optimizer.param_groups:
-        stepped = [p for p in group["params"] if p.grad is not None]
-        began = [bool(optimizer.state.get(p)) for p in stepped]
-        if any(began):
-            for parameter, has_momentum in zip(stepped, began, strict=True):
-                if not has_momentum:
-                    zeros = torch.zeros_like(parameter)
-                    optimizer.state[parameter]["momentum_buffer"] = zeros
+        for parameter in group["params"]:
+            if parameter.grad is not None and not optimizer.state.get(parameter):
+                optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
 
 
 def regroup(optimizer: torch.optim.Optimizer, groups: Groups) -> None:

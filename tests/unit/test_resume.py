@@ -219,7 +219,7 @@ def live_eventfully(folder: Path, resume_from: Path | None, stop: bool = False) 
     return told
 
 
-CLOCKED = ("step_ms", "elapsed_s", "cost", "peak_bytes", "bytes", "created_at")
+CLOCKED = ("step_ms", "measure_ms", "elapsed_s", "cost", "peak_bytes", "bytes", "created_at")
 
 
 def events_of(told: Told, folder: Path) -> list[Any]:

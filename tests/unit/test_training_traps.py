@@ -12,7 +12,9 @@ from torch.utils.data import TensorDataset
 
 from app.sources.datasets import Data
 from app.training.loop import Outcome
+from app.training.optimizer import make_optimizer
 from app.training.places import checkpoint_path
+from app.training.recipe import parse_recipe
 from tests.unit.models import make
 from tests.unit.runs import Told, freeze, make_data, run
 from tests.unit.test_apply import EVERY_OPTIMIZER
@@ -150,6 +152,20 @@ def test_a_step_that_amp_skipped_is_marked_and_is_no_zero(
     assert [p["step"] for p in told.of("layers")] == [1, 2]
     assert all(value > 0 for p in told.of("layers") for value in p["grad_norm"][1:])
     assert torch.equal(model.layer1.weight, before["layer1.weight"])
+
+
+def test_fused_momentum_begins_at_zero_where_the_first_step_is_skipped() -> None:
+    """Left to itself it would begin with whatever the memory held."""
+    weight = nn.Parameter(torch.ones(4))
+    recipe = parse_recipe({"optimizer": "sgd", "implementation": "fused"})
+    group = {"params": [weight], "lr_scale": 1.0, "weight_decay": 0.0, "apart": None}
+    optimizer = make_optimizer([group], recipe)
+    scaler = torch.amp.GradScaler("cpu")
+    scaler.scale(torch.zeros(()))
+    weight.grad = torch.full((4,), torch.inf)
+    scaler.step(optimizer)
+    assert torch.equal(optimizer.state[weight]["momentum_buffer"], torch.zeros(4))
+    assert torch.equal(weight, torch.ones(4))
 
 
 # ------------------------------------------------------------------ reentrant checkpointing

@@ -46,7 +46,7 @@ def read_records(folder: Path, number: int = 1) -> list[Record]:
 
 def read_facts(folder: Path, number: int = 1, *kinds: str) -> list[tuple[str, dict[str, Any]]]:
     """What the loop reported, but for time and memory, which no two runs have alike."""
-    varying = ("step_ms", "elapsed_s", "cost", "peak_bytes")
+    varying = ("step_ms", "measure_ms", "elapsed_s", "cost", "peak_bytes")
     return [
         (record.kind, {name: v for name, v in record.payload.items() if name not in varying})
         for record in read_records(folder, number)
