@@ -140,7 +140,13 @@ def _job(number: int, state: str) -> JobView:
 def _proofs() -> list[dict[str, object]]:
     held = {"checked": 128, "identical": 128, "changed": []}
     moved = {"checked": 20, "moved": 20, "still": []}
-    broken = {"checked": 128, "identical": 127, "changed": ["layer2.weight"]}
+    moved_by = {
+        "name": "layer2.weight",
+        "largest_difference": 7.1e-4,
+        "is_exact": True,
+        "cause": "the optimizer moved it: it had a gradient when it was frozen",
+    }
+    broken = {"checked": 128, "identical": 127, "changed": [moved_by]}
     still = {"checked": 20, "moved": 19, "still": [{"name": "mask_token", "cause": "unreached"}]}
     return [
         {"verdict": "holds", "step": 1240, "frozen": held, "trained": moved, "buffers": {}},
