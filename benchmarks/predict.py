@@ -24,6 +24,7 @@ from app.freezing.timing import read_timing
 from app.freezing.trace import call_model, scalar_loss, trace_model
 from app.sources.demo.networks import build_network
 
+Clock = Callable[[], float]
 BATCH, TRACED = 32, 2
 STEPS = 15
 
@@ -126,7 +127,9 @@ def freeze_sets(graph: ModelGraph) -> Iterator[tuple[str, list[bool]]]:
     yield "biases", biases if any(biases) else norms
 
 
-def measure_ms(model: nn.Module, example: Any, graph: ModelGraph, trains: list[bool]) -> float:
+def measure_ms(
+    model: nn.Module, example: Any, graph: ModelGraph, trains: list[bool], clock: Clock
+) -> float:
     """Median of some real steps."""
     named = dict(model.named_parameters())
     for parameter, flag in zip(graph.parameters, trains, strict=True):
@@ -136,22 +139,22 @@ def measure_ms(model: nn.Module, example: Any, graph: ModelGraph, trains: list[b
     optimizer = torch.optim.AdamW(trainable, lr=1e-4)
     taken = []
     for _ in range(STEPS + 2):
-        started = time.perf_counter()
+        started = clock()
         scalar_loss(call_model(model, example), example, None).backward()
         optimizer.step()
         optimizer.zero_grad()
-        taken.append((time.perf_counter() - started) * 1e3)
+        taken.append((clock() - started) * 1e3)
     return statistics.median(taken[2:])
 
 
-def compare_model(name: str, seconds: float) -> list[float]:
+def compare_model(name: str, seconds: float, clock: Clock) -> list[float]:
     """Relative errors, one for each freeze set; a line for each is printed."""
     torch.manual_seed(0)
     build, make_example = MODELS[name]
     model = build().train()
     graph = trace_model(model, make_example(TRACED))
     started = time.perf_counter()
-    document = calibrate_model(model, make_example(TRACED), graph, seconds=seconds)
+    document = calibrate_model(model, make_example(TRACED), graph, seconds=seconds, clock=clock)
     took = time.perf_counter() - started
     timing = read_timing(document, graph)
     assert timing is not None
@@ -159,7 +162,7 @@ def compare_model(name: str, seconds: float) -> list[float]:
     for label, trains in freeze_sets(graph):
         near = graph.walk.nearest(trains)
         predicted = timing.predict_ms(graph, near, trains, "adamw", BATCH)
-        measured = measure_ms(model, make_example(BATCH), graph, trains)
+        measured = measure_ms(model, make_example(BATCH), graph, trains, clock)
         errors.append(abs(predicted / measured - 1))
         print(
             f"{name:8} {label:7} predicted {predicted:7.2f} ms  measured {measured:7.2f} ms"
@@ -169,9 +172,9 @@ def compare_model(name: str, seconds: float) -> list[float]:
     return errors
 
 
-def main(names: list[str], seconds: float) -> None:
+def main(names: list[str], seconds: float, clock: Clock) -> None:
     warnings.simplefilter("ignore")
-    errors = sorted(e for name in names or MODELS for e in compare_model(name, seconds))
+    errors = sorted(e for name in names or MODELS for e in compare_model(name, seconds, clock))
     worst = errors[min(len(errors) - 1, int(len(errors) * 0.9))]
     print(
         f"{len(errors)} predictions: {statistics.median(errors):.1%} off at the median, "
@@ -183,5 +186,11 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("names", nargs="*", help=f"only these of {', '.join(MODELS)}")
     parser.add_argument("--seconds", type=float, default=10.0, help="for each calibration")
+    parser.add_argument(
+        "--cpu-time", action="store_true", help="one thread, its CPU time: for a busy machine"
+    )
     arguments = parser.parse_args()
-    main(arguments.names, arguments.seconds)
+    if arguments.cpu_time:
+        torch.set_num_threads(1)
+    clock = time.thread_time if arguments.cpu_time else time.perf_counter
+    main(arguments.names, arguments.seconds, clock)

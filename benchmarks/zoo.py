@@ -22,7 +22,7 @@ import torch
 from app.freezing.config import FreezeConfig, Rule, split_names
 from app.freezing.errors import InvalidDocument
 from app.freezing.trace import trace_model
-from app.sources.hub import load_library
+from app.sources.libraries import load_library
 from app.sources.models import build_model
 from app.sources.spec import ModelSpec
 

@@ -201,9 +201,11 @@ export class Chart {
     event.preventDefault();
     const [low, high] = this.range;
     const scale = (high - low) / this.plot.over.clientWidth;
+    let frame = 0; // drawn once a frame, however often the mouse moves
     const move = (next) => {
+      cancelAnimationFrame(frame);
       const by = (event.clientX - next.clientX) * scale;
-      this.zoomTo([low + by, high + by]);
+      frame = requestAnimationFrame(() => this.zoomTo([low + by, high + by]));
     };
     const end = () => {
       removeEventListener("pointermove", move);

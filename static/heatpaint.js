@@ -22,8 +22,15 @@ export function toLevel(value) {
   return value > 0 ? Math.log10(value) : -Infinity;
 }
 
-// {layers, steps, rows}: a Float32Array of levels a layer.
-export const toMatrix = ({ layers, steps, values }) => ({ layers, steps, rows: values.map((row) => Float32Array.from(row, toLevel)) });
+// {layers, steps, rows}: a Float32Array of levels a layer. A loop: from() with a function takes four times as long.
+export function toMatrix({ layers, steps, values }) {
+  const rows = values.map((row) => {
+    const levels = new Float32Array(row.length);
+    for (let i = 0; i < row.length; i++) levels[i] = toLevel(row[i]);
+    return levels;
+  });
+  return { layers, steps, rows };
+}
 
 // What came since is put behind; both have the same layers.
 export function join(matrix, more) {

@@ -99,7 +99,8 @@ function jobSignals(id) {
   const status = throttled("job:status", 500);
   const numbers = throttled("job:numbers", 500);
   const slow = [throttled("job:log", 1500), throttled("job:side", 3000)];
-  const now = [status, numbers, throttled("job:log", 0), throttled("job:side", 0), throttled("job:tree", 0)];
+  const now = [status, numbers, throttled("job:log", 0), throttled("job:side", 0)];
+  const tree = throttled("job:tree", 0);
   let state = document.querySelector("[data-job]").dataset.state;
   return {
     all: () => now.forEach((signal) => signal()),
@@ -107,6 +108,7 @@ function jobSignals(id) {
       if (job.id !== id) return;
       if (job.state !== state) {
         state = job.state;
+        tree(); // whether its boxes can be ticked follows from the state
         return this.all();
       }
       [status, numbers, ...slow].forEach((signal) => signal());

@@ -37,6 +37,7 @@ def calibrate_model(
     *,
     loss: Loss | None = None,
     seconds: float = 20.0,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, Any]:
     """Time the operations of a model where they are: in forward and backward passes of its own.
 
@@ -50,6 +51,7 @@ def calibrate_model(
         example: one batch; its first dimension is repeated for the wider batch.
         graph: what `trace_model` read of the same model and example.
         seconds: about how long this may take.
+        clock: seconds, by which the CPU is timed.
 
     Returns:
         The document that `app.freezing.timing` reads.
@@ -62,16 +64,18 @@ def calibrate_model(
     flags = [(p, p.requires_grad) for p in model.parameters()]
     was_training = model.training
     model.train()
-    started = time.perf_counter()
+    started = clock()
     try:
         with torch.random.fork_rng(devices=[]), torch.enable_grad():
-            first = _Timer(model, example, graph, loss).time_batch(seconds / 2)
-            spent = time.perf_counter() - started
+            first = _Timer(model, example, graph, loss, clock).time_batch(seconds / 2)
+            spent = clock() - started
             factor = max(
                 f for f in (2, 4, 8, 16) if f == 2 or first["step_ms"] * f * 40 < seconds * 1e3
             )
             wide = widen_batch(example, graph.batch_size, factor)
-            second = _Timer(model, wide, graph, loss).time_batch(max(seconds - spent, seconds / 2))
+            second = _Timer(model, wide, graph, loss, clock).time_batch(
+                max(seconds - spent, seconds / 2)
+            )
     finally:
         model.train(was_training)
         for parameter, flag in flags:
@@ -105,9 +109,15 @@ class _Timer:
     """Times one model on one batch."""
 
     def __init__(
-        self, model: nn.Module, example: Any, graph: ModelGraph, loss: Loss | None
+        self,
+        model: nn.Module,
+        example: Any,
+        graph: ModelGraph,
+        loss: Loss | None,
+        clock: Callable[[], float],
     ) -> None:
         self.model, self.example, self.graph, self.loss = model, example, graph, loss
+        self.clock = clock
         self.device = next(model.parameters()).device
         named = dict(model.named_parameters())
         self.parameters = [named[p.name] for p in graph.parameters]
@@ -153,7 +163,7 @@ class _Timer:
     def _now(self) -> float:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
-        return time.perf_counter() * 1e3
+        return self.clock() * 1e3
 
     def _take_steps(
         self, sets: Sequence[Sequence[bool]], optimizer_name: str, repeats: int
@@ -199,7 +209,7 @@ class _Timer:
         nodes = list(nodes_in_order(value.grad_fn))
         if _edges_of(nodes) != [node.inputs for node in self.graph.nodes]:
             raise NotTimed("A real forward pass makes another graph than the one that was traced.")
-        clock = _Clock(self.device)
+        clock = _Clock(self.device, self.clock)
         for index, node in enumerate(nodes):
             node.register_prehook(partial(clock.note, index))
         seen: dict[Any, dict[tuple[bool, ...], list[float]]] = {}
@@ -248,7 +258,8 @@ class _Timer:
 class _Clock:
     """When backward came to which node; on a GPU by its events."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, clock: Callable[[], float]) -> None:
+        self.clock = clock
         self.is_cuda = device.type == "cuda"
         self.stamps: list[tuple[int, Any]] = []
 
@@ -257,7 +268,7 @@ class _Clock:
 
     def _stamp(self) -> Any:
         if not self.is_cuda:
-            return time.perf_counter()
+            return self.clock()
         event = torch.cuda.Event(enable_timing=True)
         event.record()
         return event

@@ -5,9 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import inspect
-import os
-import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +13,12 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
-from app.freezing.errors import InvalidDocument
+from app.sources.fetch import ask_hub, fetch_weights, in_words
 from app.sources.intake import IMAGENET_MEAN, IMAGENET_STD, Intake
+from app.sources.libraries import load_library
 from app.sources.spec import ModelSpec
 from app.sources.user_code import refuse_answer
 
-HUB_TIMEOUT_SECONDS = "10"
 EXAMPLE_TOKENS = 16
 EXAMPLE_BATCH = 2
 
@@ -43,56 +41,6 @@ _TASK_ENDINGS = {
     "ForConditionalGeneration": "text2text-generation",
 }
 _WITH_CLASSES = ("image-classification", "text-classification", "token-classification")
-
-
-def load_library(name: str) -> Any:
-    """Import a library that not everybody has.
-
-    Raises:
-        InvalidDocument: it is absent or broken, with the command that installs it.
-    """
-    os.environ.setdefault("HF_HUB_ETAG_TIMEOUT", HUB_TIMEOUT_SECONDS)  # read when imported
-    os.environ.setdefault("HF_HUB_DOWNLOAD_TIMEOUT", HUB_TIMEOUT_SECONDS)
-    try:
-        return importlib.import_module(name)
-    except Exception as error:  # a build for another torch raises RuntimeError, not ImportError
-        raise refuse_answer(_explain_import(name.partition(".")[0], error)) from error
-
-
-def _explain_import(name: str, error: Exception) -> str:
-    missing = error.name if isinstance(error, ModuleNotFoundError) else None
-    if missing and missing.partition(".")[0] == name:
-        return f"{name} is not installed in the worker's Python; install it with: {_pip(name)}"
-    causes = _chain(error)
-    broken = "torchvision" if any("torchvision" in str(cause) for cause in causes) else name
-    return (
-        f"{name} is installed but does not import ({_first_line(causes[-1])}); it may be a build "
-        f"for another torch than {torch.__version__}. Install the one that fits: {_pip(broken)}"
-    )
-
-
-def _pip(name: str) -> str:
-    """The command that installs a library into the worker's Python, torchvision to fit its torch.
-
-    Since torch 2.0 and torchvision 0.15 the two count their minor versions side by side.
-    """
-    version, _, build = torch.__version__.partition("+")
-    major, minor = version.split(".")[:2]
-    if name == "torchvision" and major == "2":
-        name = f"'torchvision==0.{int(minor) + 15}.*'"
-        if build:
-            name += (
-                f" --force-reinstall --no-deps --index-url https://download.pytorch.org/whl/{build}"
-            )
-    return f"{sys.executable} -m pip install {name}"
-
-
-def _chain(error: BaseException) -> list[BaseException]:
-    """An error and what caused it, the first cause last."""
-    chain = [error]
-    while (link := chain[-1].__cause__ or chain[-1].__context__) and link not in chain:
-        chain.append(link)
-    return chain
 
 
 def build_without_weights(model: nn.Module) -> nn.Module:
@@ -149,7 +97,9 @@ def build_transformers_model(
     transformers = load_library("transformers")
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
-    with _in_words(name, spec):
+    with in_words(name, spec.revision):
+        if not (Path(name).is_dir() or (spec.random_init and name in transformers.CONFIG_MAPPING)):
+            ask_hub()
         config = _read_config(transformers, name, spec)
     task = spec.task or _guess_task(config)
     auto = getattr(transformers, _HEADS[task])
@@ -160,7 +110,7 @@ def build_transformers_model(
             "task",
         )
     notes: tuple[str, ...] = ()
-    with _in_words(name, spec):
+    with in_words(name, spec.revision):
         if weightless:
             with torch.device("meta"):
                 # The default for experts, a grouped product, runs under fake tensors in bf16 only.
@@ -175,28 +125,43 @@ def build_transformers_model(
 
 
 def _read_config(transformers: Any, name: str, spec: ModelSpec) -> Any:
+    """The configuration, made anew with `kwargs`, so that what is derived is derived from them."""
     mapping = transformers.CONFIG_MAPPING
-    if spec.random_init and name in mapping:
-        config = mapping[name]()
-    else:
-        config = transformers.AutoConfig.from_pretrained(
-            name, revision=spec.revision, trust_remote_code=False
-        )
-    if config.architectures is None:
-        config.architectures = []  # iterated over where several classes serve one configuration
+    is_type = spec.random_init and name in mapping
+    source = {"revision": spec.revision, "trust_remote_code": False}
+    config = mapping[name]() if is_type else transformers.AutoConfig.from_pretrained(name, **source)
     unknown = [key for key in spec.kwargs if not hasattr(config, key)]
     if unknown:
         raise refuse_answer(
             f"{unknown[0]!r} is not an option of {type(config).__name__}.", "kwargs"
         )
-    if spec.kwargs:  # made anew, so that what is derived from other options is derived again
-        document = config.to_dict()
-        # Given one by one for as many layers as there were.
-        document.pop("layer_types", None)
-        config = type(config).from_dict({**document, **spec.kwargs})
+    if spec.kwargs and is_type:
+        config = mapping[name](**spec.kwargs)
+    elif spec.kwargs:
+        document, _ = transformers.PretrainedConfig.get_config_dict(name, **source)
+        document = _fit_layer_types({**document, **spec.kwargs}, type(config), spec.kwargs)
+        config = type(config).from_dict(document)
+    if config.architectures is None:
+        config.architectures = []  # iterated over where several classes serve one configuration
     if spec.num_classes is not None and spec.num_classes != config.num_labels:
         config.num_labels = spec.num_classes
     return config
+
+
+def _fit_layer_types(
+    document: dict[str, Any], kind: type, kwargs: Mapping[str, Any]
+) -> dict[str, Any]:
+    """One type for each layer, where kwargs change how many there are and not what they are.
+
+    Fewer layers keep the first types; for more, the configuration's class says them anew.
+    """
+    key = getattr(kind, "attribute_map", {}).get("num_hidden_layers", "num_hidden_layers")
+    given, count = document.get("layer_types"), document.get(key)
+    if "layer_types" in kwargs or not isinstance(given, list) or not isinstance(count, int):
+        return document
+    if len(given) < count:
+        return {name: value for name, value in document.items() if name != "layer_types"}
+    return {**document, "layer_types": given[:count]}
 
 
 def _guess_task(config: Any) -> str:
@@ -219,6 +184,7 @@ def _list_tasks(transformers: Any, config: Any) -> str:
 def _load_pretrained(
     auto: Any, name: str, spec: ModelSpec, config: Any
 ) -> tuple[nn.Module, tuple[str, ...]]:
+    fetch_weights(name, spec.revision, allow_pickle=spec.allow_pickle)
     model, report = auto.from_pretrained(
         name,
         config=config,
@@ -241,54 +207,6 @@ def _load_pretrained(
         )
     new = [*missing, *misshaped]
     return model, (f"New, not in the weights: {', '.join(new[:10])}.",) if new else ()
-
-
-@contextlib.contextmanager
-def _in_words(name: str, spec: ModelSpec) -> Iterator[None]:
-    """Whatever Transformers raises on its way to a model, as one sentence."""
-    try:
-        yield
-    except (InvalidDocument, MemoryError, torch.OutOfMemoryError):
-        raise
-    except Exception as error:
-        raise refuse_answer(_explain(name, spec, error)) from error
-
-
-def _explain(name: str, spec: ModelSpec, error: Exception) -> str:
-    causes = _chain(error)
-    kinds = {type(cause).__name__ for cause in causes}
-    text = " ".join(str(cause) for cause in causes)
-    where = f"{name} at revision {spec.revision}" if spec.revision else name
-    if "trust_remote_code" in text:
-        return f"{where} brings code of its own, which Frostline never runs; use another model."
-    if "GatedRepoError" in kinds or "gated repo" in text:
-        return f"{where} is gated: ask for access on its page, then set HF_TOKEN and try again."
-    if "RevisionNotFoundError" in kinds:
-        return f"{name} has no revision {spec.revision!r}."
-    if "RepositoryNotFoundError" in kinds:
-        return (
-            f"There is no model {name} on the hub, or it is private and HF_TOKEN may not read it."
-        )
-    if "safetensors" in text and "no file named" in text:
-        return (
-            f"{where} has no model.safetensors. If it has a pickle file that you trust, say "
-            "'allow_pickle': true; or say 'random_init': true to start without weights."
-        )
-    if Path(name).is_dir():
-        if not (Path(name) / "config.json").is_file():
-            return f"{name} has no config.json; an hf: folder is what save_pretrained() writes."
-        return f"{name} cannot be loaded: {_first_line(error)}"
-    if kinds & {"OfflineModeIsEnabled", "LocalEntryNotFoundError", "ConnectError", "ConnectTimeout",
-                "ReadTimeout", "ConnectionError"} or "connect" in text:  # fmt: skip
-        offline = os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
-        why = "HF_HUB_OFFLINE is set" if offline else "the hub cannot be reached"
-        return f"{where} is not in the cache and {why}; download it first, or name a folder."
-    return f"{where} cannot be loaded: {_first_line(error)}"
-
-
-def _first_line(error: BaseException) -> str:
-    line = next((line.strip() for line in str(error).splitlines() if line.strip()), "no reason")
-    return f"{type(error).__name__}: {line[:300]}"
 
 
 def _describe_intake(config: Any, task: str, model: Any, name: str, spec: ModelSpec) -> Intake:
@@ -375,16 +293,16 @@ def build_vision_model(
     options = dict(spec.kwargs)
     if spec.num_classes is not None:
         options["num_classes"] = spec.num_classes
-    try:
-        with torch.device("meta") if weightless else contextlib.nullcontext():
-            if scheme == "timm":
-                model = models.create_model(name, pretrained=wants_weights, **options)
-            else:
-                model = _build_torchvision(models, name, options, wants_weights)
-    except (MemoryError, torch.OutOfMemoryError):
-        raise
-    except Exception as error:
-        raise refuse_answer(f"{scheme}:{name} cannot be built: {_first_line(error)}") from error
+    if scheme == "timm" and wants_weights:
+        ask_hub()
+    with (
+        in_words(f"{scheme}:{name}", None),
+        torch.device("meta") if weightless else contextlib.nullcontext(),
+    ):
+        if scheme == "timm":
+            model = models.create_model(name, pretrained=wants_weights, **options)
+        else:
+            model = _build_torchvision(models, name, options, wants_weights)
     if weightless:
         build_without_weights(model)
     shape, mean, std = (3, 224, 224), IMAGENET_MEAN, IMAGENET_STD

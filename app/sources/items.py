@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from app.sources.hub import load_library
 from app.sources.intake import Intake
+from app.sources.libraries import first_line, load_library
 from app.sources.spec import DatasetSpec
 from app.sources.user_code import refuse_answer
 
@@ -93,6 +93,11 @@ def _load_image_processor(intake: Intake) -> Any:
         )
     except OSError:  # no preprocessor_config.json
         return None
+    except Exception as error:
+        raise refuse_answer(
+            f"The image processor of {intake.processor} does not load: {first_line(error)}.",
+            "dataset.uri",
+        ) from error
 
 
 @dataclass(frozen=True)

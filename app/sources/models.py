@@ -21,6 +21,7 @@ from app.freezing.trace import call_model
 from app.sources.demo.networks import build_network, input_shape
 from app.sources.hub import build_transformers_model, build_vision_model, is_weightless
 from app.sources.intake import Intake
+from app.sources.libraries import first_line
 from app.sources.spec import InputSpec, ModelSpec, is_set_name, split_uri
 from app.sources.user_code import (
     call_factory,
@@ -233,10 +234,16 @@ def _read_weights(path: Path, allow_pickle: bool) -> dict[str, Tensor]:
         answer = torch.load(path, map_location="cpu", weights_only=True)
     except InvalidDocument:
         raise
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, EOFError, RuntimeError,
-            SafetensorError, pickle.UnpicklingError) as error:  # fmt: skip
+    except pickle.UnpicklingError as error:
         raise refuse_answer(
-            f"{path.name} cannot be read as weights: {error!s:.300}.", "weights"
+            f"{path.name} cannot be read as weights: it is damaged, or holds other things than "
+            "tensors, which are never loaded.",
+            "weights",
+        ) from error
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, EOFError, RuntimeError,
+            SafetensorError) as error:  # fmt: skip
+        raise refuse_answer(
+            f"{path.name} cannot be read as weights: {first_line(error)}.", "weights"
         ) from error
     answer = answer.get("state_dict", answer) if isinstance(answer, Mapping) else answer
     if not isinstance(answer, Mapping) or not all(

@@ -15,9 +15,9 @@ from torch.utils.data import Subset, TensorDataset
 
 from app.freezing.errors import InvalidDocument
 from app.sources.datasets import ROW_SCHEMES, Data, build_data
-from app.sources.hub import load_library
 from app.sources.intake import Intake
 from app.sources.items import Items, TextEncoder
+from app.sources.libraries import load_library
 from app.sources.rows import TASK_ROLES, Rows, read_labels, read_rows
 from app.sources.spec import DatasetSpec, split_uri
 

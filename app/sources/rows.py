@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from app.sources.hub import load_library
+from app.sources.fetch import ask_hub
 from app.sources.intake import Intake
+from app.sources.libraries import load_library
 from app.sources.spec import DatasetSpec, split_uri
 from app.sources.user_code import refuse_answer
 
@@ -99,6 +100,8 @@ def _read_table(scheme: str, rest: str, uri: str) -> Rows:
     datasets.disable_progress_bars()
     try:
         if scheme == "hf":
+            ask_hub()
+            datasets.config.HF_HUB_OFFLINE = load_library("huggingface_hub").is_offline_mode()
             name, _, part = rest.partition(":")
             loaded = datasets.load_dataset(name, part or None)
         else:

@@ -457,6 +457,10 @@ def _read_hub_name(uri: str, rest: str, file_dirs: Sequence[Path]) -> str:
         if not path.is_dir():
             raise ValueError(f"{_show(uri)} names no folder.")
         return str(path)
+    for folder in file_dirs if "/" in rest else ():  # a folder wins, as Transformers has it
+        inside = _resolve_inside(folder / rest, folder)
+        if inside and (inside / "config.json").is_file():
+            return str(inside)
     if not _HUB_NAME.fullmatch(rest):
         raise ValueError(f"{_show(uri)} must have the form hf:ORG/NAME or hf:/FOLDER.")
     return rest

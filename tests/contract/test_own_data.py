@@ -1,7 +1,10 @@
 """Somebody's own models and data, over HTTP: added, read, shown, refused in words, and mended."""
 
 import html
+import os
 import re
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -34,11 +37,16 @@ def shelf(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def door(shelf: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx2.Client]:
+def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("data")
+
+
+@pytest.fixture(scope="module")
+def door(shelf: Path, data_dir: Path) -> Iterator[httpx2.Client]:
     listener = listen(LOOPBACK, 0)
     port = listener.getsockname()[1]
     settings = Settings(
-        data_dir=tmp_path_factory.mktemp("data"),
+        data_dir=data_dir,
         token=TOKEN,
         port=port,
         file_dirs=(shelf,),
@@ -215,6 +223,30 @@ def test_a_model_that_could_not_be_read_says_why_and_fills_the_form_again(
     form = door.get(html.unescape(address.group(1))).text
     assert 'value="4"' in form
     assert "hidden_sizes" in form
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("plan", "hf:./absent"), "There is no './absent' below"),
+        (("plan", "timm:resnet18"), "pip install timm"),
+        (("plan", '{"uri": "hf:./bert", "kwargs": {"x": 1}}'), "'x' is not an option of Bert"),
+        (("train", "hf:./bert", "csv:ambiguous.csv"), "(data_error): Which column of"),
+        (("train", "hf:./bert", "folder:photos"), "holds images, and a model for"),
+    ],
+)
+def test_the_terminal_says_the_same_in_one_line(
+    door: httpx2.Client, data_dir: Path, arguments: tuple[str, ...], words: str
+) -> None:
+    command = [sys.executable, "-m", "app", *arguments, "--data-dir", str(data_dir)]
+    root = Path(__file__).resolve().parents[2]
+    environment = {**os.environ, "FROSTLINE_TOKEN": TOKEN}
+    ended = subprocess.run(
+        command, capture_output=True, text=True, cwd=root, env=environment, check=False
+    )
+    assert ended.returncode == 1, ended.stderr
+    assert "Traceback" not in ended.stderr
+    assert words in " ".join(ended.stderr.split())
 
 
 def test_a_model_with_jobs_names_them_instead_of_going(door: httpx2.Client) -> None:

@@ -1,8 +1,10 @@
 """Tiny models, tables and images, as people have them, made on the spot. They know no test."""
 
+import atexit
 import csv
 import json
 import os
+import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,8 @@ os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="frostline-hf-")
 
 import numpy as np
 from PIL import Image
+
+atexit.register(shutil.rmtree, os.environ["HF_HOME"], ignore_errors=True)
 
 GOOD, BAD = ("lovely", "fine", "great"), ("awful", "poor", "grim")
 OTHERS = ("the", "film", "was", "and", "very", "plot")

@@ -5,6 +5,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from app.freezing.config import parse_config
 from app.freezing.errors import InvalidDocument
@@ -13,6 +15,7 @@ from app.sources.datasets import Data, build_data
 from app.sources.models import BuiltModel, build_model
 from app.sources.preview import preview_data
 from app.sources.spec import DatasetSpec, parse_dataset_spec, parse_model_spec
+from app.sources.user_code import UserCodeError
 from app.training.loop import train
 from app.training.recipe import parse_recipe
 from tests.unit.own_files import make_reviews, write_csv, write_images, write_json, write_model
@@ -25,13 +28,13 @@ pytestmark = [
 
 
 def build(folder: Path, uri: str, *, weightless: bool = False, **options: Any) -> BuiltModel:
-    spec = parse_model_spec({"uri": uri, **options}, code_dirs=[], file_dirs=[folder])
-    return build_model(spec, code_dirs=[], weightless=weightless)
+    spec = parse_model_spec({"uri": uri, **options}, code_dirs=[folder], file_dirs=[folder])
+    return build_model(spec, code_dirs=[folder], weightless=weightless)
 
 
 def read(folder: Path, uri: str, built: BuiltModel, **options: Any) -> Data:
-    spec = parse_dataset_spec({"uri": uri, **options}, code_dirs=[], file_dirs=[folder])
-    return build_data(spec, code_dirs=[], seed=0, intake=built.intake)
+    spec = parse_dataset_spec({"uri": uri, **options}, code_dirs=[folder], file_dirs=[folder])
+    return build_data(spec, code_dirs=[folder], seed=0, intake=built.intake)
 
 
 def run(built: BuiltModel, data: Data, folder: Path, frozen: str, **options: Any) -> Any:
@@ -182,6 +185,47 @@ UNTRAINED = {"random_init": True, "task": "text-classification",
 HEADLESS = {"random_init": True, "task": "feature-extraction"}
 
 
+FACTORIES = """
+def nothing():
+    return None
+
+
+def breaks():
+    raise RuntimeError("not today")
+
+
+def no_rows():
+    return {"train": []}
+
+
+def bare():
+    return {"train": [1, 2, 3]}
+"""
+
+
+class Evil:
+    """Would run code when it is unpickled."""
+
+    def __reduce__(self) -> Any:
+        return print, ("unpickled",)
+
+
+def write_bad_weights(folder: Path) -> None:
+    good = load_file(folder / "bert/model.safetensors")
+    content = (folder / "bert/model.safetensors").read_bytes()
+    (folder / "cut.safetensors").write_bytes(content[:-100])
+    (folder / "junk.safetensors").write_bytes(b"nothing of the kind")
+    save_file({name: tensor.repeat(2) for name, tensor in good.items() if tensor.dim() == 1}
+              | {name: tensor for name, tensor in good.items() if tensor.dim() > 1},
+              folder / "wide.safetensors")  # fmt: skip
+    torch.save(good, folder / "pickle.bin")
+    torch.save({"weights": Evil()}, folder / "evil.bin")
+    torch.save([1, 2], folder / "list.bin")
+    (folder / "shards").mkdir()
+    index = {"weight_map": {"a": "../bert/model.safetensors"}}
+    (folder / "shards/model.safetensors.index.json").write_text(json.dumps(index))
+
+
 def refusal(
     folder: Path,
     model: str,
@@ -193,7 +237,7 @@ def refusal(
         built = build(folder, model, **(of_model or {}))
         if dataset is not None:
             read(folder, dataset, built, **options)
-    except InvalidDocument as error:
+    except (InvalidDocument, UserCodeError) as error:
         return str(error)
     pytest.fail("nothing was refused")
 
@@ -236,6 +280,9 @@ def shelf(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_images(folder / "spoilt")
     (folder / "spoilt/dark/9.png").write_bytes(b"no image")
     (folder / "hollow/a").mkdir(parents=True)
+    write_bad_weights(folder)
+    (folder / "own_factories.py").write_text(FACTORIES)
+    (folder / "own_broken.py").write_text("import no_such_library\n")
     return folder
 
 
@@ -255,7 +302,7 @@ def shelf(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("hf:./bert", None, {"of_model": {"kwargs": {"hidden": 3}}}, "is not an option of Bert"),
         ("hf:./bert", None, {"of_model": {"revision": "a b"}}, "'revision' must be"),
         ("timm:resnet18", None, {}, "pip install timm"),
-        ("torchvision:resnet18", None, {}, "pip install torchvision"),
+        ("torchvision:resnet18", None, {}, "pip install 'torchvision==0."),
         ("hf:./bert", "csv:absent.csv", {}, "There is no 'absent.csv' below"),
         ("hf:./bert", "csv:", {}, "needs a path"),
         ("hf:./bert", "csv:photos", {}, "is not a regular file"),
@@ -288,6 +335,35 @@ def shelf(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("hf:./config", "csv:good.csv", {"of_model": HEADLESS},
          "has no head to train on"),
         ("demo:three-layers", "csv:good.csv", {}, "does not say what it takes"),
+        ("bert-base", None, {}, "A model is named by demo:NAME, hf:ORG/NAME"),
+        ("demo:digit", None, {}, "is not built in; built in are"),
+        ("hf:", None, {}, "must have the form hf:ORG/NAME"),
+        ("hf:./bert", "reviews.csv", {}, "A dataset is named by demo:NAME, folder:PATH"),
+        ("hf:./bert", None, {"of_model": {"weights": "cut.safetensors"}}, "cannot be read as"),
+        ("hf:./bert", None, {"of_model": {"weights": "junk.safetensors"}}, "cannot be read as"),
+        ("hf:./bert", None, {"of_model": {"weights": "vit/model.safetensors"}},
+         "does not fit the model; missing: "),
+        ("hf:./bert", None, {"of_model": {"weights": "wide.safetensors"}}, "of another shape: "),
+        ("hf:./bert", None, {"of_model": {"weights": "pickle.bin"}}, "say 'allow_pickle': true"),
+        ("hf:./bert", None, {"of_model": {"weights": "evil.bin", "allow_pickle": True}},
+         "cannot be read as weights"),
+        ("hf:./bert", None, {"of_model": {"weights": "list.bin", "allow_pickle": True}},
+         "does not hold tensors by name"),
+        ("hf:./bert", None, {"of_model": {"weights": "photos"}}, "holds neither"),
+        ("hf:./bert", None, {"of_model": {"weights": "shards"}}, "not a file beside it"),
+        ("hf:./bert", None, {"of_model": {"num_classes": 0}}, "'num_classes' must be a whole"),
+        ("hf:./bert", None, {"of_model": {"classes": 3}}, "the nearest is 'num_classes'"),
+        ("python:own_factories:nothing", None, {}, "returned None; it must return an nn.Module"),
+        ("python:own_factories:breaks", None, {}, "raised RuntimeError: not today"),
+        ("python:own_factories:absent", None, {}, "has no 'absent'; it defines nothing, breaks"),
+        ("python:own_absent:model", None, {}, "There is no own_absent.py"),
+        ("python:own_broken:model", None, {}, "Importing 'own_broken' raised ModuleNotFound"),
+        ("python:own_factories:nothing", None, {"of_model": {"kwargs": {"x": 1}}}, "do not fit"),
+        ("demo:digits", "python:own_factories:nothing", {}, "returned None; it must return a map"),
+        ("demo:digits", "python:own_factories:no_rows", {}, "is empty; it must have at least one"),
+        ("demo:digits", "python:own_factories:bare", {}, "items must be (input, target) pairs"),
+        ("hf:./bert", "csv:good.csv", {"eval_fraction": 0.999}, "too few to hold out"),
+        ("hf:./bert", "csv:good.csv", {"eval_fraction": 2}, "'eval_fraction' must be a number"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_used_is_refused_in_one_sentence(
@@ -307,3 +383,37 @@ def test_weights_over_a_model_may_leave_a_new_head(shelf: Path) -> None:
     left = build(shelf, "hf:./bert").model.state_dict()
     right = built.model.state_dict()
     assert all(left[name].equal(right[name]) for name in left if "classifier" not in name)
+
+
+def test_a_folder_of_shards_loads_like_a_single_file(shelf: Path) -> None:
+    whole = load_file(shelf / "bert/model.safetensors")
+    names = sorted(whole)
+    parts = {"one.safetensors": names[::2], "two.safetensors": names[1::2]}
+    (shelf / "sharded").mkdir()
+    for file, own in parts.items():
+        save_file({name: whole[name] for name in own}, shelf / "sharded" / file)
+    index = {"weight_map": {name: file for file, own in parts.items() for name in own}}
+    (shelf / "sharded/model.safetensors.index.json").write_text(json.dumps(index))
+    built = build(shelf, "hf:./bert", random_init=True, weights="sharded")
+    left = built.model.state_dict()
+    assert all(left[name].equal(tensor) for name, tensor in whole.items())
+
+
+def test_a_relative_folder_needs_no_dot_where_it_lies_in_another(tmp_path: Path) -> None:
+    write_model(tmp_path / "models/bert", "bert")
+    spec = parse_model_spec({"uri": "hf:models/bert"}, code_dirs=[], file_dirs=[tmp_path])
+    assert spec.uri == f"hf:{tmp_path}/models/bert"
+    absent = parse_model_spec({"uri": "hf:models/gpt"}, code_dirs=[], file_dirs=[tmp_path])
+    assert absent.uri == "hf:models/gpt"
+
+
+def test_fewer_layers_keep_the_first_types_and_a_named_list_stands(tmp_path: Path) -> None:
+    options = {"random_init": True, "task": "text-generation", "weightless": True}
+    small = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2,
+             "num_key_value_heads": 1, "head_dim": 8, "vocab_size": 32}  # fmt: skip
+    built = build(tmp_path, "hf:gemma3_text", kwargs={**small, "num_hidden_layers": 7}, **options)
+    assert [kind[0] for kind in built.model.config.layer_types] == list("sssssfs")
+    types = ["full_attention", "sliding_attention"]
+    kwargs = {**small, "num_hidden_layers": 2, "layer_types": types}
+    built = build(tmp_path, "hf:gemma3_text", kwargs=kwargs, **options)
+    assert built.model.config.layer_types == types
