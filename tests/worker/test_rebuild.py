@@ -51,7 +51,7 @@ def documents(house: House) -> list[dict[str, Any]]:
     found = []
     for number in (1, 2, 3):
         job = house.job(number)
-        for key in ("worker_pid", "ended_at", "epoch", "peak_memory_bytes"):
+        for key in ("worker_pid", "ended_at", "epoch", "peak_bytes", "peak_memory_bytes"):
             del job[key]
         metrics = house.service.read_metrics(number)
         found.append({**job, "metrics": metrics, "config": house.service.read_job_config(number)})
