@@ -348,6 +348,8 @@ def test_fields_of_every_form(browser: Prober) -> None:
                 tried.add((shape, field))
                 for value in islice(values, 3):
                     content = {**given, field: value}
+                    if method == "GET":  # longer ones no client sends
+                        content[field] = value[:5_000]
                     options = {"params" if method == "GET" else "data": content}
                     browser.send(f"{field} of {path}", method, target, headers=OWN_PAGE, **options)
     assert len(tried) > 50

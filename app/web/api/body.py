@@ -142,6 +142,9 @@ def takes(**example: Any) -> Document:
 
 
 def gives(*media_types: str) -> dict[int | str, Document]:
-    """The OpenAPI words for an answer that is a file and not JSON."""
-    content = {media_type: {"schema": {"type": "string"}} for media_type in media_types}
-    return {200: {"description": "The file.", "content": content}}
+    """The OpenAPI words for an answer that is not JSON alone."""
+    content = {
+        media_type: {"schema": {} if media_type == "application/json" else {"type": "string"}}
+        for media_type in media_types
+    }
+    return {200: {"description": "The answer, in one of these forms.", "content": content}}
