@@ -99,9 +99,11 @@ def test_there_are_three_hundred_of_them() -> None:
 
 
 def _operations(prober: Prober) -> Iterator[tuple[str, str, dict[str, Any]]]:
-    """Every described method and path; a job's and a model's id are ones that exist."""
+    """Every described method and path; a job's and a model's id are mostly ones that exist."""
     for path, operations in prober.script.get("/openapi.json")["paths"].items():
-        filled = path.replace("{model_id}", str(prober.model)).replace("{job_id}", str(prober.job))
+        # The held job must not go on: it would take a core from everything after.
+        job = 999_999 if path.endswith("/resume") else prober.job
+        filled = path.replace("{model_id}", str(prober.model)).replace("{job_id}", str(job))
         for method, operation in operations.items():
             yield method.upper(), re.sub(r"\{[^}]*\}", "1", filled), operation
 
