@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from time import monotonic
 from typing import Annotated
 
 from fastapi import APIRouter, Depends, FastAPI, Header, Query, Request
-from fastapi.sse import EventSourceResponse, ServerSentEvent
+from fastapi.sse import KEEPALIVE_COMMENT, format_sse_event
 from starlette.concurrency import run_in_threadpool
+from starlette.responses import StreamingResponse
+from starlette.types import Receive, Scope, Send
 
 from app.service import NotFound, Service
 from app.web.api.body import Id, Verbs
@@ -22,6 +25,8 @@ PACE_S = 0.2
 CROWD = 40
 # How soon an idle stream notices that the server is closing.
 LOOK_S = 1.0
+# What stands between ends a connection that is silent for long; a comment keeps it.
+SILENCE_S = 15.0
 
 router = APIRouter(tags=["events"], dependencies=[Depends(signed_in)])
 
@@ -48,52 +53,68 @@ def find_job(service: Verbs, job_id: Id) -> int:
 Start = Annotated[str | None, Depends(find_start)]
 
 
-@router.get("/events", response_class=EventSourceResponse, dependencies=[Depends(has_room)])
-async def follow_all(
-    request: Request, service: Verbs, start: Start
-) -> AsyncIterator[ServerSentEvent]:
-    """`state` events of all jobs."""
-    async for event in follow(request.app, service, None, start):
-        yield event
+class EventStream(StreamingResponse):
+    """A stream that is counted while it is open.
+
+    Not FastAPI's EventSourceResponse, whose sender raises in the server where a client leaves while
+    something is being sent.
+    """
+
+    media_type = "text/event-stream"
+
+    def __init__(self, app: FastAPI, events: AsyncIterator[bytes]) -> None:
+        # No proxy shall keep back what it is to pass on.
+        super().__init__(events, headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
+        self._open_streams = app.state.open_streams
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        with self._open_streams.one_more():
+            await super().__call__(scope, receive, send)
 
 
 @router.get(
-    "/jobs/{job_id}/events", response_class=EventSourceResponse, dependencies=[Depends(has_room)]
+    "/events", response_class=EventStream, status_code=200, dependencies=[Depends(has_room)]
+)
+async def follow_all(request: Request, service: Verbs, start: Start) -> EventStream:
+    """`state` events of all jobs."""
+    return EventStream(request.app, follow(request.app, service, None, start))
+
+
+@router.get(
+    "/jobs/{job_id}/events",
+    response_class=EventStream,
+    status_code=200,
+    dependencies=[Depends(has_room)],
 )
 async def follow_job(
     request: Request, service: Verbs, job_id: Annotated[int, Depends(find_job)], start: Start
-) -> AsyncIterator[ServerSentEvent]:
+) -> EventStream:
     """`state`, `metrics`, `layers`, `proof` and `log` events of one job, then `end`."""
-    async for event in follow(request.app, service, job_id, start):
-        yield event
+    return EventStream(request.app, follow(request.app, service, job_id, start))
 
 
 async def follow(
     app: FastAPI, service: Service, job_id: int | None, cursor: str | None
-) -> AsyncIterator[ServerSentEvent]:
+) -> AsyncIterator[bytes]:
     """News until the job has ended or the server closes, each event with the id behind it."""
-    with app.state.open_streams.one_more():
-        async for event in _follow(app, service, job_id, cursor):
-            yield event
-
-
-async def _follow(
-    app: FastAPI, service: Service, job_id: int | None, cursor: str | None
-) -> AsyncIterator[ServerSentEvent]:
     shared: SharedNews = app.state.shared_news
+    spoke = monotonic()
     while not is_closing(app):
         try:
             seen, news, cursor, finished = await shared.read(service, job_id, cursor)
         except NotFound:  # deleted meanwhile: there will be no more
             news, finished = [], True
         for event, text, behind in news:
-            yield ServerSentEvent(event=event, raw_data=text, id=behind)
+            yield format_sse_event(event=event, data_str=text, id=behind)
+            spoke = monotonic()
         if finished:
-            yield ServerSentEvent(event="end", raw_data="{}", id=cursor)
+            yield format_sse_event(event="end", data_str="{}", id=cursor)
             return
         if not news:  # else it was a portion: there may be more already
             while not is_closing(app) and await service.wait_for_change(seen, LOOK_S) == seen:
-                pass
+                if monotonic() - spoke > SILENCE_S:
+                    yield KEEPALIVE_COMMENT
+                    spoke = monotonic()
         # Up to a common beat, so that streams of one job come to stand side by side; and a reading
         # that is still shared, though newer things have happened, is not asked for in a circle.
         pace = PACE_S * (1 + app.state.open_streams.count // CROWD)
