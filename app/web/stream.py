@@ -10,6 +10,7 @@ from typing import Annotated
 
 from fastapi import APIRouter, Depends, FastAPI, Header, Query, Request
 from fastapi.sse import KEEPALIVE_COMMENT, format_sse_event
+from starlette.concurrency import run_in_threadpool
 from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
@@ -78,7 +79,7 @@ class EventStream(StreamingResponse):
 )
 async def follow_all(request: Request, service: Verbs, start: Start) -> EventStream:
     """`state` events of all jobs."""
-    return EventStream(request.app, follow(request.app, service, None, start))
+    return await open_stream(request.app, service, None, start)
 
 
 @router.get(
@@ -91,7 +92,19 @@ async def follow_job(
     request: Request, service: Verbs, job_id: Annotated[int, Depends(find_job)], start: Start
 ) -> EventStream:
     """`state`, `metrics`, `layers`, `proof` and `log` events of one job, then `end`."""
-    return EventStream(request.app, follow(request.app, service, job_id, start))
+    return await open_stream(request.app, service, job_id, start)
+
+
+async def open_stream(
+    app: FastAPI, service: Service, job_id: int | None, cursor: str | None
+) -> EventStream:
+    """A stream from the cursor on; "now" is the moment at which it was asked for.
+
+    Whoever has the first bytes of the answer may look at a job and wait for what comes next.
+    """
+    if cursor == "now":
+        _, cursor, _ = await run_in_threadpool(service.news, job_id, cursor)
+    return EventStream(app, follow(app, service, job_id, cursor))
 
 
 async def follow(

@@ -34,6 +34,17 @@ def api(tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx2.Client]:
         yield client
 
 
+@pytest.fixture(autouse=True)
+def no_job_is_left(api: httpx2.Client) -> Iterator[None]:
+    """A test that fails half-way leaves no job that the others would wait behind."""
+    yield
+    pause = threading.Event()
+    for job in ask(api, "GET", "/jobs", 200):
+        while ask(api, "GET", f"/jobs/{job['id']}", 200)["state"] not in ENDED:
+            api.post(f"/jobs/{job['id']}/stop")
+            pause.wait(0.1)
+
+
 def ask(api: httpx2.Client, method: str, path: str, status: int, body: Any = None) -> Any:
     answer = api.request(method, path, json=body)
     assert answer.status_code == status, answer.text

@@ -1,5 +1,6 @@
 """The door's limits and its log: failed logins, event streams, who changed what."""
 
+import asyncio
 import json
 import stat
 import threading
@@ -13,6 +14,7 @@ from starlette.testclient import TestClient
 from app.main import create_app
 from app.settings import Settings
 from app.web import limits
+from app.web.stream import open_stream
 
 ADDRESS = "http://127.0.0.1:8000"
 TOKEN = "a-token-for-tests"
@@ -70,6 +72,25 @@ def test_streams_are_limited(client: TestClient, monkeypatch: pytest.MonkeyPatch
     assert streams.count == 0
 
 
+def test_now_is_the_moment_at_which_a_stream_was_asked_for(client: TestClient) -> None:
+    service = client.app.state.service
+    model = client.post("/api/models", json={"uri": "demo:three-layers"}, headers=BEARER).json()
+    wait_for_model(client, f"/api/models/{model['id']}")
+
+    async def first_event() -> bytes:
+        stream = await open_stream(client.app, service, None, "now")
+        # The first bytes are out, nobody has read on: what happens here is told.
+        spec = {"model_id": model["id"], "config": {}, "dataset": {"uri": "demo:three-layers"}}
+        await asyncio.to_thread(service.launch_job, {**spec, "training": {"max_steps": 1}})
+        async for chunk in stream.body_iterator:
+            return bytes(chunk)
+        return b""
+
+    told = asyncio.run(asyncio.wait_for(first_event(), 30))
+    assert b"event: state" in told
+    assert b'"id":1' in told
+
+
 def test_changes_are_written_down_without_secrets(client: TestClient, tmp_path: Path) -> None:
     link = client.app.state.service.make_link()
     client.post("/login", data={"link": link}, headers=OWN_PAGE)
@@ -98,8 +119,12 @@ def test_changes_are_written_down_without_secrets(client: TestClient, tmp_path: 
 def test_asking_for_a_plan_is_no_change(client: TestClient, tmp_path: Path) -> None:
     model = client.post("/api/models", json={"uri": "demo:three-layers"}, headers=BEARER).json()
     path = f"/api/models/{model['id']}"
+    wait_for_model(client, path)
+    assert client.post(f"{path}/plan", json={}, headers=BEARER).status_code == 200
+    assert "/plan" not in (tmp_path / "audit.log").read_text()
+
+
+def wait_for_model(client: TestClient, path: str) -> None:
     pause = threading.Event()
     while client.get(path, headers=BEARER).json()["state"] == "inspecting":
         pause.wait(0.05)
-    assert client.post(f"{path}/plan", json={}, headers=BEARER).status_code == 200
-    assert "/plan" not in (tmp_path / "audit.log").read_text()
