@@ -77,18 +77,21 @@ def test_now_is_the_moment_at_which_a_stream_was_asked_for(client: TestClient) -
     model = client.post("/api/models", json={"uri": "demo:three-layers"}, headers=BEARER).json()
     wait_for_model(client, f"/api/models/{model['id']}")
 
+    spec = {"model_id": model["id"], "config": {}, "dataset": {"uri": "demo:three-layers"}}
+    job = service.launch_job({**spec, "training": {"max_steps": 1}})["id"]
+    pause = threading.Event()
+    while service.get_job(job)["state"] != "succeeded":
+        pause.wait(0.05)
+
     async def first_event() -> bytes:
         stream = await open_stream(client.app, service, None, "now")
         # The first bytes are out, nobody has read on: what happens here is told.
-        spec = {"model_id": model["id"], "config": {}, "dataset": {"uri": "demo:three-layers"}}
-        await asyncio.to_thread(service.launch_job, {**spec, "training": {"max_steps": 1}})
+        await asyncio.to_thread(service.edit_job, job, {"name": "renamed"})
         async for chunk in stream.body_iterator:
             return bytes(chunk)
         return b""
 
-    told = asyncio.run(asyncio.wait_for(first_event(), 30))
-    assert b"event: state" in told
-    assert b'"id":1' in told
+    assert b'"name":"renamed"' in asyncio.run(asyncio.wait_for(first_event(), 10))
 
 
 def test_changes_are_written_down_without_secrets(client: TestClient, tmp_path: Path) -> None:
