@@ -26,6 +26,7 @@ export function startHeatmap(section) {
   let picked = [];
   let lines = null;
   let turn = 0;
+  let estimated = new Set(); // layers whose update norms are estimated from a sample, between exact passes
 
   const matrix = () => (view && zoomed) || whole;
   const points = (layers) => Math.max(100, Math.min(Math.round((box.clientWidth || 900) * (devicePixelRatio || 1)), Math.floor(CELLS / Math.max(1, layers))));
@@ -34,6 +35,7 @@ export function startHeatmap(section) {
   async function ask(query) {
     await startTimeline();
     const fresh = await read(address, { stat, ...query });
+    estimated = new Set(fresh.estimated);
     return fresh.layers.length ? blank(toMatrix(fresh)) : null;
   }
   // A frozen layer that moved by nothing is empty, not zero; one that moved all the same is shown.
@@ -219,13 +221,15 @@ export function startHeatmap(section) {
     section.querySelector(".legend-low").textContent = (10 ** range.low).toExponential(0);
     section.querySelector(".legend-high").textContent = (10 ** range.high).toExponential(0);
     section.querySelector(".bad-key").parentElement.hidden = !range.lost;
+    section.querySelector(".about-key").hidden = !estimated.size;
   }
 
   // ---- reading a cell: only the layer above is drawn anew
   function words(layer, at) {
     const level = matrix().rows[layer][at];
     if (Number.isNaN(level)) return isFrozen(whole.layers[layer], matrix().steps[at]) ? "frozen, no value" : "no value";
-    return level === Infinity ? "not a finite number" : level === -Infinity ? "0" : brief(10 ** level);
+    const about = estimated.has(whole.layers[layer]) ? "≈ " : "";
+    return level === Infinity ? "not a finite number" : level === -Infinity ? "0" : about + brief(10 ** level);
   }
   function point(layer, at) {
     if (layer !== undefined) cursor = { layer: clamp(layer, 0, whole.layers.length - 1), at: clamp(at, 0, matrix().steps.length - 1) };
@@ -242,7 +246,7 @@ export function startHeatmap(section) {
     if (cursor.layer >= top && cursor.layer < bottom) context.strokeRect(frame.gutter + 0.5, y + 0.5, frame.plot - 1, Math.max(1, frame.rowHeight - 1));
     context.fillRect(clamp(x, frame.gutter, frame.width), LANE, 1, frame.high);
     const mark = marks().find((one) => one.layers.includes(whole.layers[cursor.layer]) && Math.abs(stepToX(one.step) - x) < 4);
-    output.textContent = `${whole.layers[cursor.layer] || "(model)"}  step ${matrix().steps[cursor.at].toLocaleString()}  ${words(cursor.layer, cursor.at)}${mark ? `  (${mark.words} from step ${mark.step.toLocaleString()})` : ""}`;
+    output.textContent = `${whole.layers[cursor.layer] || "(model)"}  step ${matrix().steps[cursor.at].toLocaleString()}  ${words(cursor.layer, cursor.at)}${estimated.has(whole.layers[cursor.layer]) ? " estimated from a sample" : ""}${mark ? `  (${mark.words} from step ${mark.step.toLocaleString()})` : ""}`;
   }
   const clamp = (value, low, high) => Math.max(low, Math.min(value, high));
 

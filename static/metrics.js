@@ -3,7 +3,14 @@ import { Chart, SERIES, isNumber, read } from "./charts.js";
 import { marks, startTimeline } from "./timeline.js";
 
 const POINTS = 600;
-const TITLES = { lr: "learning rate", grad_norm_total: "gradient norm, all layers" };
+const TITLES = {
+  lr: "learning rate",
+  grad_norm_total: "gradient norm, all layers",
+  clip_factor: "clip factor",
+  lost_updates: "share of updates rounded away",
+  update_norm_error: "error of estimated update norms",
+};
+const LEAST_TELLING = ["lr", "lost_updates", "update_norm_error"]; // stand last
 const NOT_DRAWN = ["elapsed_s"]; // an axis, not a curve
 const LOGGABLE = ["loss", "grad_norm_total", "perplexity"];
 
@@ -24,8 +31,10 @@ function panels(metrics) {
     if (!grouped.has(key)) grouped.set(key, []);
     grouped.get(key).push(name);
   }
-  const last = grouped.get("lr");
-  if (grouped.delete("lr")) grouped.set("lr", last); // the least telling one stands last
+  for (const key of LEAST_TELLING) {
+    const names = grouped.get(key);
+    if (grouped.delete(key)) grouped.set(key, names);
+  }
   for (const names of grouped.values()) names.sort((a, b) => (b === "loss") - (a === "loss"));
   return [...grouped].filter(([, names]) => names.length);
 }
