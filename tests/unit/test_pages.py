@@ -187,12 +187,14 @@ def test_a_finding_tells_each_layers_evidence_and_what_to_do() -> None:
     told = insights.tell_insight(finding, lambda names: f"/models/1?{names}")
     words = "from step 1\u202f200 on at most 0.02 %, at first 4 %"
     assert told.layers == [("a", words)]
-    assert told.can_freeze and told.rerun_address == "/models/1?['a']"
+    assert told.can_freeze
+    assert told.rerun_address == "/models/1?['a']"
     lost = {"grad_norm": "NaN", "until_step": 7}
     finding = {"code": "nonfinite", "message": "m", "names": ["a"], "evidence": {"a": lost}}
     told = insights.tell_insight(finding, lambda _: "/")
     assert told.layers == [("a", "gradient NaN, by step 7")]
-    assert not told.can_freeze and told.rerun_address == ""
+    assert not told.can_freeze
+    assert told.rerun_address == ""
 
 
 def test_a_job_that_waits_says_for_what_and_where_it_stands() -> None:
@@ -203,5 +205,6 @@ def test_a_job_that_waits_says_for_what_and_where_it_stands() -> None:
 
 def test_a_fall_back_to_the_cpu_is_told_apart_from_warnings() -> None:
     job = JobView({"id": 1, "state": "running", "warnings": [FELL_BACK, "Rule 2 matches nothing."]})
-    assert job.fell_back and job.warnings == ["Rule 2 matches nothing."]
+    assert job.fell_back
+    assert job.warnings == ["Rule 2 matches nothing."]
     assert not JobView({"id": 1, "state": "running", "warnings": None}).fell_back
