@@ -164,6 +164,8 @@ class PlanPanel:
     frozen_tensors: int
     speedup_bound: float | None
     predicted_step_ms: float | None
+    timed_on: Document | None
+    is_traced: bool
     flops: Sequence[Measure]
     memory: Sequence[Measure]
     fits: Mapping[str, bool]
@@ -294,6 +296,51 @@ class PreviewView:
     @property
     def set_names(self) -> Sequence[str]:
         return list(self.result.get("sizes") or ())
+
+
+@dataclass(frozen=True, slots=True)
+class TrialRow:
+    """One line of a table with the mechanisms as columns."""
+
+    label: str
+    note: str
+    values: Sequence[str]
+
+
+@dataclass(frozen=True, slots=True)
+class TrialView:
+    """A trial of a model: its mechanisms side by side, or its operations timed.
+
+    Attributes:
+        task: as the interface answers it.
+        address: the workbench's, with what was chosen there.
+        rows, settings: what a comparison measured, and what each setting of an optimizer does.
+    """
+
+    shell: Shell
+    model_id: int
+    task: Document
+    address: str = ""
+    rows: Sequence[TrialRow] = ()
+    settings: Sequence[TrialRow] = ()
+
+    @property
+    def is_comparison(self) -> bool:
+        return bool(self.task["kind"] == "mechanisms")
+
+    @property
+    def is_waiting(self) -> bool:
+        return self.task["state"] in ("queued", "running", "stopping")
+
+    @property
+    def result(self) -> Document:
+        return self.task["result"] or {}
+
+    @property
+    def fault(self) -> str:
+        if self.task["state"] == "stopped":
+            return "It was cancelled."
+        return self.task["error"]["message"] if self.task["error"] else ""
 
 
 @dataclass(frozen=True, slots=True)

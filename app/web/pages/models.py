@@ -150,7 +150,11 @@ def _build(
     view = build_view(request, model, graph, choice, plan, saved, faults, before)
     is_hidden = request.cookies.get(GUIDE_COOKIE) == "hidden"
     is_demo = str(model["uri"]).startswith("demo:")
-    return replace(view, guide=is_demo and not is_hidden and not service.list_jobs(limit=1))
+    return replace(
+        view,
+        again=model_form.spec_address(model["spec"]),
+        guide=is_demo and not is_hidden and not service.list_jobs(limit=1),
+    )
 
 
 @router.get("/models/{model_id}")

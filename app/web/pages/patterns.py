@@ -162,7 +162,9 @@ def _plan() -> PlanPanel:
         trainable_tensors=20,
         frozen_tensors=180,
         speedup_bound=2.4,
-        predicted_step_ms=None,
+        predicted_step_ms=41.7,
+        timed_on={"device": "cpu", "threads": 2, "batch_sizes": [8, 32]},
+        is_traced=True,
         flops=(
             Measure("forward", 35.1e9, 35.1e9, 105.3e9),
             Measure("backward", 8.4e9, 70.2e9, 105.3e9),

@@ -145,7 +145,10 @@ def plan_panel(graph: ModelGraph, plan: Document) -> PlanPanel:
     cost, full = plan["cost"], plan["cost"].get("full") or {}
     sizes = {p.name: p.numel for p in graph.parameters}
     weights = sum(p.nbytes for p in graph.parameters)
-    step, peak = full.get("step_flops"), full.get("peak_bytes")
+    step = full.get("step_flops")
+    # Of a model that was not traced the peak is not known: bars are then of what is.
+    known = weights + (full.get("gradient_bytes") or 0) + (full.get("optimizer_bytes") or 0)
+    peak = full.get("peak_bytes") or known
 
     def measure(label: str, key: str, whole: float | None) -> Measure:
         return Measure(label, cost.get(key), full.get(key), whole)
@@ -157,6 +160,8 @@ def plan_panel(graph: ModelGraph, plan: Document) -> PlanPanel:
         frozen_tensors=len(plan["frozen"]),
         speedup_bound=cost.get("speedup_bound"),
         predicted_step_ms=cost.get("predicted_step_ms"),
+        timed_on=(cost.get("assumed") or {}).get("timed_on"),
+        is_traced=bool(graph.nodes),
         flops=(
             measure("forward", "forward_flops", step),
             measure("backward", "backward_flops", step),
