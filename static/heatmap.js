@@ -1,9 +1,10 @@
 // One heatmap of layers × steps: reads the server for what the pixels can show, and is read by pointer and by keys.
-import { Chart, brief, css, glyph, read } from "./charts.js";
+import { Chart, brief, css, glyph, readFloats } from "./charts.js";
 import { color, join, measure, paint, toMatrix } from "./heatpaint.js";
 import { isFrozen, marks, startTimeline } from "./timeline.js";
 
 const CELLS = 250_000; // at most asked for at once
+const FIRST_CELLS = 64_000; // of the first answer, which is drawn while the whole one is on its way
 const PICKED = 6;
 const LANE = 16; // above: where something was frozen or unfrozen
 const AXIS = 18; // below: steps
@@ -33,10 +34,9 @@ export function startHeatmap(section) {
 
   // ---- asking
   async function ask(query) {
-    await startTimeline();
-    const fresh = await read(address, { stat, ...query });
-    estimated = new Set(fresh.estimated);
-    return fresh.layers.length ? blank(toMatrix(fresh)) : null;
+    const [[head, floats]] = await Promise.all([readFloats(address, { stat, ...query }), startTimeline()]);
+    estimated = new Set(head.estimated);
+    return head.layers.length ? blank(toMatrix(head, floats)) : null;
   }
   // A frozen layer that moved by nothing is empty, not zero; one that moved all the same is shown.
   function blank(found) {
@@ -49,14 +49,18 @@ export function startHeatmap(section) {
 
   let busy = false;
   let again = false;
+  let isRough = true;
   async function refresh() {
     if (busy) return void (again = true);
     busy = true;
     const mine = turn;
     try {
       const layers = whole?.layers.length ?? Number(section.dataset.layers);
-      const isFull = !whole?.steps.length || whole.steps.length > 2 * points(layers);
-      const fresh = await ask({ points: points(layers), ...(isFull ? {} : { from: whole.steps.at(-1) + 1 }) });
+      const isFull = isRough || !whole?.steps.length || whole.steps.length > 2 * points(layers);
+      isRough = !whole && layers * points(layers) > FIRST_CELLS;
+      const asked = isRough ? Math.max(16, Math.floor(FIRST_CELLS / layers)) : points(layers);
+      again ||= isRough;
+      const fresh = await ask({ points: asked, ...(isFull ? {} : { from: whole.steps.at(-1) + 1 }) });
       if (mine === turn && fresh) {
         whole = isFull || fresh.layers.length !== whole.layers.length ? (isFull ? fresh : whole) : join(whole, fresh);
         draw();

@@ -64,10 +64,20 @@ export function startCharts(section) {
     return sets.indexOf(set) % SERIES.length;
   }
 
+  // One question at a time for each panel: what was asked before is of no interest any more.
+  const asked = new Map();
   async function zoom(key, range) {
+    asked.get(key)?.abort();
     if (!range) return draw(metrics, key);
-    const found = await read(address, { points: POINTS, from: Math.max(0, range[0]), to: Math.max(0, range[1]) });
-    if (charts.get(key).zoom) draw(found, key);
+    const abort = new AbortController();
+    asked.set(key, abort);
+    const points = Math.min(POINTS, charts.get(key).width); // a bucket a pixel shows all there is
+    try {
+      const found = await read(address, { points, from: Math.max(0, range[0]), to: Math.max(0, range[1]) }, { signal: abort.signal });
+      if (charts.get(key).zoom) draw(found, key);
+    } catch (error) {
+      if (error.name !== "AbortError" && !(error instanceof TypeError)) throw error; // or a lost network, which the banner tells
+    }
   }
 
   // What is new is appended at full resolution; when that grows too long, the whole comes again in buckets.
