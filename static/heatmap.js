@@ -123,6 +123,7 @@ export function startHeatmap(section) {
     for (const each of [canvas, over]) {
       each.width = Math.round(width * ratio);
       each.height = Math.round(frame.height * ratio);
+      each.style.height = `${frame.height}px`; // the box is higher where there are few layers
     }
     box.style.height = `${frame.height}px`;
   }
@@ -152,7 +153,7 @@ export function startHeatmap(section) {
     axis(context, from, to);
     marks().forEach((mark) => drawMark(context, mark));
     legend();
-    if (!cursor) output.textContent = `${matrix().layers.length.toLocaleString()} layers, steps ${from.toLocaleString()} to ${(to - 1).toLocaleString()}`;
+    if (!cursor) output.textContent = `${matrix().layers.length.toLocaleString()} layer${matrix().layers.length === 1 ? "" : "s"}, steps ${from.toLocaleString()} to ${(to - 1).toLocaleString()}`;
     point();
     drawLines();
     if (table.open) fillTable();

@@ -165,7 +165,7 @@ export async function startCompare(section) {
         }),
       );
     }
-    parent.querySelector(".waiting")?.remove();
+    if (shared.length) parent.querySelector(".waiting")?.remove();
     section.querySelector("[data-estimated]")?.toggleAttribute("hidden", by === "step" || all.every((metrics) => metrics.elapsed_s));
   }
 

@@ -76,7 +76,7 @@ class JobView:
             "stopping": "Ends after its current step, with a checkpoint.",
             "stopped": "Was stopped; it can go on from its newest checkpoint.",
             "succeeded": "Got to its end.",
-            "failed": "Ended by a failure, which stands below.",
+            "failed": "Ended by a failure.",
             "interrupted": "Its worker died; it can go on from its newest checkpoint.",
         }.get(self.state, "")
 

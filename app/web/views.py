@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from app.freezing.config import DROPOUT_POLICIES, MECHANISMS, NORM_POLICIES
-from app.web.job_views import JobView, Shell
+from app.web.job_views import Insight, JobView, Shell
 
 Document = Mapping[str, Any]
 
@@ -460,6 +460,13 @@ class PatternsView:
     proofs: Sequence[Document]
     rules: Sequence[EntryRow]
     fields: Sequence[Field]
+    phases: Sequence[EntryRow]
+    groups: Sequence[EntryRow]
+    differences: Sequence[tuple[str, Sequence[str]]]
+    changes: Sequence[Change]
+    trials: Sequence[TrialView]
+    insights: Sequence[Insight]
+    running: JobView
     plan: PlanPanel
     faults: Sequence[Fault]
     address: str = ""
