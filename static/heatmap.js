@@ -36,7 +36,7 @@ export function startHeatmap(section) {
   async function ask(query) {
     const [[head, floats]] = await Promise.all([readFloats(address, { stat, ...query }), startTimeline()]);
     estimated = new Set(head.estimated);
-    return head.layers.length ? blank(toMatrix(head, floats)) : null;
+    return head.layers.length && head.steps.length ? blank(toMatrix(head, floats)) : null;
   }
   // A frozen layer that moved by nothing is empty, not zero; one that moved all the same is shown.
   function blank(found) {
