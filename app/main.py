@@ -31,6 +31,7 @@ from app.web.pages import (
     preview,
     sweeps,
     system,
+    trials,
 )
 from app.web.shared import Shared
 
@@ -88,7 +89,8 @@ def create_app(settings: Settings) -> FastAPI:
     errors.install(app)
     app.include_router(api.router)
     for page in (
-        login, models, preview, imports, configs, jobs, job, compare, sweeps, system, patterns
+        login, models, preview, trials, imports, configs,
+        jobs, job, compare, sweeps, system, patterns,
     ):  # fmt: skip
         app.include_router(page.router)
     app.mount("/static", StaticFiles(directory=STATIC), name="static")

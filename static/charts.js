@@ -2,16 +2,27 @@
 import uPlot from "./vendor/uplot.js";
 
 const HEIGHT = 190;
+const BUCKETS_PANNED = 120; // of a line in sight
+const BUCKETS_AT_REST = 8_000; // of all lines in sight
 export const SERIES = ["series-1", "series-2", "series-3", "series-4", "series-5", "series-6"];
 
 export const css = (name) => getComputedStyle(document.documentElement).getPropertyValue(`--${name}`).trim();
 export const isNumber = (value) => typeof value === "number" && Number.isFinite(value);
 export const brief = (value) => (Math.abs(value) >= 1e5 || (value && Math.abs(value) < 1e-3) ? value.toExponential(2).replace(/\.?0+e/, "e") : String(Number(value.toPrecision(4))));
 
-export async function read(address, query = {}) {
-  const response = await fetch(`${address}?${new URLSearchParams(query)}`);
+export async function read(address, query = {}, options = {}) {
+  const response = await fetch(`${address}?${new URLSearchParams(query)}`, options);
   if (!response.ok) throw new Error(`${address} answered ${response.status}`);
   return response.json();
+}
+
+// A line of JSON, then little-endian numbers: a tenth of the time that a large matrix takes as JSON.
+export async function readFloats(address, query) {
+  const response = await fetch(`${address}?${new URLSearchParams({ ...query, as: "float32" })}`);
+  if (!response.ok) throw new Error(`${address} answered ${response.status}`);
+  const bytes = new Uint8Array(await response.arrayBuffer());
+  const end = bytes.indexOf(10);
+  return [JSON.parse(new TextDecoder().decode(bytes.subarray(0, end))), new Float32Array(bytes.slice(end + 1).buffer)];
 }
 
 // The glyphs of frozen and trained, for canvases.
@@ -31,6 +42,40 @@ export function glyph(context, action, x, y, size) {
     context.quadraticCurveTo(x - r * 1.3, y + r * 0.5, x, y - r);
     context.fill();
   }
+}
+
+// Neighbours taken together, lowest and highest kept.
+function thin(line, [low, high], most) {
+  const [first, last] = inSight(line.steps, low, high);
+  const many = Math.ceil((last - first) / most);
+  if (many < 2) return line;
+  const thinned = { steps: [], min: [], max: [], values: [] };
+  const pick = (column, from, better) => {
+    let best = null;
+    for (let at = from; at < Math.min(from + many, column.length); at++) if (isNumber(column[at]) && (best === null || better(column[at], best))) best = column[at];
+    return best;
+  };
+  for (let at = 0; at < line.steps.length; at += many) {
+    thinned.steps.push(line.steps[at]);
+    thinned.min.push(pick(line.min, at, (a, b) => a < b));
+    thinned.max.push(pick(line.max, at, (a, b) => a > b));
+    thinned.values.push(line.values[at]);
+  }
+  return thinned;
+}
+
+// First and last index of what lies between two steps, and one beyond on each side.
+function inSight(steps, low, high) {
+  const place = (value) => {
+    let [from, to] = [0, steps.length];
+    while (from < to) {
+      const middle = (from + to) >> 1;
+      if (steps[middle] < value) from = middle + 1;
+      else to = middle;
+    }
+    return from;
+  };
+  return [Math.max(0, place(low) - 1), Math.min(steps.length - 1, place(high))];
 }
 
 export class Chart {
@@ -82,8 +127,7 @@ export class Chart {
   show(lines, marks = this.marks) {
     this.lines = lines;
     this.marks = marks;
-    const tables = lines.map((line) => [line.steps, ...[line.max, line.min, line.values].map((column) => column.map((v) => this.level(v)))]);
-    this.data = tables.length ? uPlot.join(tables) : [[]];
+    this.prepare();
     this.lostAt = lines.flatMap((line) => line.steps.filter((_, i) => [line.min[i], line.max[i], line.values[i]].some((v) => v !== null && !isNumber(v))));
     this.lost.textContent = this.lostAt.length ? `${this.lostAt.length} not finite` : "";
     this.lost.classList.toggle("fault", this.lostAt.length > 0);
@@ -92,9 +136,19 @@ export class Chart {
       this.built = built;
       this.rebuild();
     } else {
-      this.plot.setData(this.data, !this.zoom);
+      this.redraw();
     }
     this.box.setAttribute("aria-label", this.describe());
+  }
+
+  // What is drawn: of many lines, and while they are panned, so few buckets that a frame is ready in time.
+  prepare() {
+    const most = this.isPanned ? BUCKETS_PANNED : Math.max(BUCKETS_PANNED, BUCKETS_AT_REST / this.lines.length);
+    const drawn = this.lines.map((line) => thin(line, this.zoom ?? [-Infinity, Infinity], most));
+    const levels = (column) => column.map((v) => this.level(v));
+    this.data = drawn.length ? uPlot.join(drawn.map((line) => [line.steps, levels(line.values)])) : [[]];
+    // From the lowest to the highest of each bucket; at full resolution there is nothing between them.
+    this.spans = drawn.map(({ steps, min, max }) => (steps.some((_, i) => min[i] !== max[i]) ? { steps, low: levels(min), high: levels(max) } : null));
   }
 
   describe() {
@@ -103,6 +157,11 @@ export class Chart {
       return numbers.length ? `${line.label} from ${brief(numbers[0])} to ${brief(numbers.at(-1))}` : `${line.label} without a value`;
     });
     return `${this.title}: ${ends.join("; ")}. Arrow keys read, plus and minus zoom, 0 shows all.`;
+  }
+
+  redraw() {
+    this.plot.setData(this.data, !this.zoom);
+    if (this.zoom) this.plot.redraw(); // which setting data without scales leaves out
   }
 
   rebuild() {
@@ -118,25 +177,25 @@ export class Chart {
     };
     const whole = (raw) => (raw == null ? "–" : Number(raw.toFixed(2)).toLocaleString());
     const series = [{ label: this.unit, value: (plot, raw) => whole(raw ?? plot.data[0].at(-1)) }];
-    const bands = [];
+    this.colors = this.lines.map((line, i) => css(SERIES[line.color ?? i % SERIES.length]));
     this.lines.forEach((line, i) => {
-      const color = css(SERIES[line.color ?? i % SERIES.length]);
-      const first = series.length;
-      for (const edge of ["max", "min"]) series.push({ label: `${line.label} ${edge}`, stroke: `${color}55`, width: 1, points: { show: false }, spanGaps: true, class: "edge" });
+      const color = this.colors[i];
       series.push({ label: line.label, stroke: color, width: 1.5, dash: line.color === undefined && i >= SERIES.length ? [6, 4] : undefined, spanGaps: true, points: { show: line.steps.length < 30, size: 4, fill: color }, value });
-      bands.push({ series: [first, first + 1], fill: `${color}22` });
     });
     this.plot = new uPlot(
       {
         width: this.width,
         height: HEIGHT,
         series,
-        bands,
         axes: [{ ...axis, size: 26 }, { ...axis, size: 52, values: (_, ticks) => ticks.map((v) => (this.isLog && v % 1 ? "" : brief(shown(v)))) }],
-        scales: { x: { time: false, range: (_, low, high) => [low, high > low ? high : low + 1] } },
+        scales: {
+          x: { time: false, range: (_, low, high) => [low, high > low ? high : low + 1] },
+          y: { range: (plot, low, high) => this.reach(plot, low, high) },
+        },
         cursor: { drag: { x: true, y: false, setScale: false }, points: { size: 6 }, bind: { dblclick: () => () => this.zoomTo(null), mousedown: (_, target, handler) => (event) => (event.shiftKey ? this.pan(event) : handler(event)) } },
         hooks: {
           setSelect: [(plot) => plot.select.width > 4 && this.zoomTo([plot.posToVal(plot.select.left, "x"), plot.posToVal(plot.select.left + plot.select.width, "x")])],
+          drawAxes: [(plot) => this.drawSpans(plot)],
           draw: [(plot) => this.mark(plot)],
         },
       },
@@ -145,6 +204,47 @@ export class Chart {
     );
     this.plot.root.querySelector("table")?.setAttribute("role", "presentation");
     if (zoom) this.plot.setScale("x", { min: zoom[0], max: zoom[1] });
+  }
+
+  // The values in sight, spikes included.
+  reach(plot, low, high) {
+    const { min, max } = plot.scales.x;
+    this.spans.forEach((span) => {
+      if (!span) return;
+      const [first, last] = inSight(span.steps, min, max);
+      for (let at = first; at <= last; at++) {
+        if (span.high[at] !== null && (high === null || span.high[at] > high)) high = span.high[at];
+        if (span.low[at] !== null && (low === null || span.low[at] < low)) low = span.low[at];
+      }
+    });
+    return low === null ? [null, null] : uPlot.rangeNum(low, high, 0.1, true);
+  }
+
+  // A column a bucket. Plain rectangles: where no GPU draws, uPlot's bands of twenty series take 150 ms a frame.
+  drawSpans(plot) {
+    const { ctx: context, bbox } = plot;
+    const { min, max } = plot.scales.x;
+    context.save();
+    context.beginPath();
+    context.rect(bbox.left, bbox.top, bbox.width, bbox.height);
+    context.clip();
+    context.globalAlpha = 0.22;
+    this.spans.forEach((span, i) => {
+      if (!span) return;
+      const { steps } = span;
+      const [first, last] = inSight(steps, min, max);
+      context.fillStyle = this.colors[i];
+      let left = Math.round(plot.valToPos(steps[first], "x", true));
+      for (let at = first; at <= last; at++) {
+        const right = at + 1 < steps.length ? Math.round(plot.valToPos(steps[at + 1], "x", true)) : left + 1;
+        if (span.low[at] !== null && span.high[at] !== null) {
+          const top = plot.valToPos(span.high[at], "y", true);
+          context.fillRect(left, top, Math.max(1, right - left), Math.max(1, plot.valToPos(span.low[at], "y", true) - top));
+        }
+        left = right;
+      }
+    });
+    context.restore();
   }
 
   // Where something was frozen or unfrozen, and where a value was no number.
@@ -198,9 +298,11 @@ export class Chart {
   }
 
   pan(event) {
-    event.preventDefault();
     const [low, high] = this.range;
     const scale = (high - low) / this.plot.over.clientWidth;
+    this.isPanned = true;
+    this.prepare();
+    this.redraw();
     let frame = 0; // drawn once a frame, however often the mouse moves
     const move = (next) => {
       cancelAnimationFrame(frame);
@@ -210,6 +312,9 @@ export class Chart {
     const end = () => {
       removeEventListener("pointermove", move);
       removeEventListener("pointerup", end);
+      this.isPanned = false;
+      this.prepare();
+      this.redraw();
     };
     addEventListener("pointermove", move);
     addEventListener("pointerup", end);

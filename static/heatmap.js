@@ -1,9 +1,10 @@
 // One heatmap of layers × steps: reads the server for what the pixels can show, and is read by pointer and by keys.
-import { Chart, brief, css, glyph, read } from "./charts.js";
+import { Chart, brief, css, glyph, readFloats } from "./charts.js";
 import { color, join, measure, paint, toMatrix } from "./heatpaint.js";
 import { isFrozen, marks, startTimeline } from "./timeline.js";
 
 const CELLS = 250_000; // at most asked for at once
+const FIRST_CELLS = 64_000; // of the first answer, which is drawn while the whole one is on its way
 const PICKED = 6;
 const LANE = 16; // above: where something was frozen or unfrozen
 const AXIS = 18; // below: steps
@@ -26,15 +27,16 @@ export function startHeatmap(section) {
   let picked = [];
   let lines = null;
   let turn = 0;
+  let estimated = new Set(); // layers whose update norms are estimated from a sample, between exact passes
 
   const matrix = () => (view && zoomed) || whole;
   const points = (layers) => Math.max(100, Math.min(Math.round((box.clientWidth || 900) * (devicePixelRatio || 1)), Math.floor(CELLS / Math.max(1, layers))));
 
   // ---- asking
   async function ask(query) {
-    await startTimeline();
-    const fresh = await read(address, { stat, ...query });
-    return fresh.layers.length ? blank(toMatrix(fresh)) : null;
+    const [[head, floats]] = await Promise.all([readFloats(address, { stat, ...query }), startTimeline()]);
+    estimated = new Set(head.estimated);
+    return head.layers.length && head.steps.length ? blank(toMatrix(head, floats)) : null;
   }
   // A frozen layer that moved by nothing is empty, not zero; one that moved all the same is shown.
   function blank(found) {
@@ -47,14 +49,18 @@ export function startHeatmap(section) {
 
   let busy = false;
   let again = false;
+  let isRough = true;
   async function refresh() {
     if (busy) return void (again = true);
     busy = true;
     const mine = turn;
     try {
       const layers = whole?.layers.length ?? Number(section.dataset.layers);
-      const isFull = !whole?.steps.length || whole.steps.length > 2 * points(layers);
-      const fresh = await ask({ points: points(layers), ...(isFull ? {} : { from: whole.steps.at(-1) + 1 }) });
+      const isFull = isRough || !whole?.steps.length || whole.steps.length > 2 * points(layers);
+      isRough = !whole && layers * points(layers) > FIRST_CELLS;
+      const asked = isRough ? Math.max(16, Math.floor(FIRST_CELLS / layers)) : points(layers);
+      again ||= isRough;
+      const fresh = await ask({ points: asked, ...(isFull ? {} : { from: whole.steps.at(-1) + 1 }) });
       if (mine === turn && fresh) {
         whole = isFull || fresh.layers.length !== whole.layers.length ? (isFull ? fresh : whole) : join(whole, fresh);
         draw();
@@ -117,6 +123,7 @@ export function startHeatmap(section) {
     for (const each of [canvas, over]) {
       each.width = Math.round(width * ratio);
       each.height = Math.round(frame.height * ratio);
+      each.style.height = `${frame.height}px`; // the box is higher where there are few layers
     }
     box.style.height = `${frame.height}px`;
   }
@@ -146,7 +153,7 @@ export function startHeatmap(section) {
     axis(context, from, to);
     marks().forEach((mark) => drawMark(context, mark));
     legend();
-    if (!cursor) output.textContent = `${matrix().layers.length.toLocaleString()} layers, steps ${from.toLocaleString()} to ${(to - 1).toLocaleString()}`;
+    if (!cursor) output.textContent = `${matrix().layers.length.toLocaleString()} layer${matrix().layers.length === 1 ? "" : "s"}, steps ${from.toLocaleString()} to ${(to - 1).toLocaleString()}`;
     point();
     drawLines();
     if (table.open) fillTable();
@@ -219,13 +226,15 @@ export function startHeatmap(section) {
     section.querySelector(".legend-low").textContent = (10 ** range.low).toExponential(0);
     section.querySelector(".legend-high").textContent = (10 ** range.high).toExponential(0);
     section.querySelector(".bad-key").parentElement.hidden = !range.lost;
+    section.querySelector(".about-key").hidden = !estimated.size;
   }
 
   // ---- reading a cell: only the layer above is drawn anew
   function words(layer, at) {
     const level = matrix().rows[layer][at];
     if (Number.isNaN(level)) return isFrozen(whole.layers[layer], matrix().steps[at]) ? "frozen, no value" : "no value";
-    return level === Infinity ? "not a finite number" : level === -Infinity ? "0" : brief(10 ** level);
+    const about = estimated.has(whole.layers[layer]) ? "≈ " : "";
+    return level === Infinity ? "not a finite number" : level === -Infinity ? "0" : about + brief(10 ** level);
   }
   function point(layer, at) {
     if (layer !== undefined) cursor = { layer: clamp(layer, 0, whole.layers.length - 1), at: clamp(at, 0, matrix().steps.length - 1) };
@@ -242,7 +251,7 @@ export function startHeatmap(section) {
     if (cursor.layer >= top && cursor.layer < bottom) context.strokeRect(frame.gutter + 0.5, y + 0.5, frame.plot - 1, Math.max(1, frame.rowHeight - 1));
     context.fillRect(clamp(x, frame.gutter, frame.width), LANE, 1, frame.high);
     const mark = marks().find((one) => one.layers.includes(whole.layers[cursor.layer]) && Math.abs(stepToX(one.step) - x) < 4);
-    output.textContent = `${whole.layers[cursor.layer] || "(model)"}  step ${matrix().steps[cursor.at].toLocaleString()}  ${words(cursor.layer, cursor.at)}${mark ? `  (${mark.words} from step ${mark.step.toLocaleString()})` : ""}`;
+    output.textContent = `${whole.layers[cursor.layer] || "(model)"}  step ${matrix().steps[cursor.at].toLocaleString()}  ${words(cursor.layer, cursor.at)}${estimated.has(whole.layers[cursor.layer]) ? " estimated from a sample" : ""}${mark ? `  (${mark.words} from step ${mark.step.toLocaleString()})` : ""}`;
   }
   const clamp = (value, low, high) => Math.max(low, Math.min(value, high));
 

@@ -3,7 +3,14 @@ import { Chart, SERIES, isNumber, read } from "./charts.js";
 import { marks, startTimeline } from "./timeline.js";
 
 const POINTS = 600;
-const TITLES = { lr: "learning rate", grad_norm_total: "gradient norm, all layers" };
+const TITLES = {
+  lr: "learning rate",
+  grad_norm_total: "gradient norm, all layers",
+  clip_factor: "clip factor",
+  lost_updates: "share of updates rounded away",
+  update_norm_error: "error of estimated update norms",
+};
+const LEAST_TELLING = ["lr", "lost_updates", "update_norm_error"]; // stand last
 const NOT_DRAWN = ["elapsed_s"]; // an axis, not a curve
 const LOGGABLE = ["loss", "grad_norm_total", "perplexity"];
 
@@ -24,8 +31,10 @@ function panels(metrics) {
     if (!grouped.has(key)) grouped.set(key, []);
     grouped.get(key).push(name);
   }
-  const last = grouped.get("lr");
-  if (grouped.delete("lr")) grouped.set("lr", last); // the least telling one stands last
+  for (const key of LEAST_TELLING) {
+    const names = grouped.get(key);
+    if (grouped.delete(key)) grouped.set(key, names);
+  }
   for (const names of grouped.values()) names.sort((a, b) => (b === "loss") - (a === "loss"));
   return [...grouped].filter(([, names]) => names.length);
 }
@@ -55,10 +64,20 @@ export function startCharts(section) {
     return sets.indexOf(set) % SERIES.length;
   }
 
+  // One question at a time for each panel: what was asked before is of no interest any more.
+  const asked = new Map();
   async function zoom(key, range) {
+    asked.get(key)?.abort();
     if (!range) return draw(metrics, key);
-    const found = await read(address, { points: POINTS, from: Math.max(0, range[0]), to: Math.max(0, range[1]) });
-    if (charts.get(key).zoom) draw(found, key);
+    const abort = new AbortController();
+    asked.set(key, abort);
+    const points = Math.min(POINTS, charts.get(key).width); // a bucket a pixel shows all there is
+    try {
+      const found = await read(address, { points, from: Math.max(0, range[0]), to: Math.max(0, range[1]) }, { signal: abort.signal });
+      if (charts.get(key).zoom) draw(found, key);
+    } catch (error) {
+      if (error.name !== "AbortError" && !(error instanceof TypeError)) throw error; // or a lost network, which the banner tells
+    }
   }
 
   // What is new is appended at full resolution; when that grows too long, the whole comes again in buckets.
@@ -146,7 +165,7 @@ export async function startCompare(section) {
         }),
       );
     }
-    parent.querySelector(".waiting")?.remove();
+    if (shared.length) parent.querySelector(".waiting")?.remove();
     section.querySelector("[data-estimated]")?.toggleAttribute("hidden", by === "step" || all.every((metrics) => metrics.elapsed_s));
   }
 

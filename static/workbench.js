@@ -147,6 +147,9 @@ export function startWorkbench(form) {
     ask({ add_text: "" });
   });
 
+  // The model has been timed: its plans predict the time of a step from now on.
+  document.body.addEventListener("model:timed", () => ask({ add_text: "" }, { remember: false }));
+
   // ---- the first steps, hidden once and for all
   const guide = document.querySelector("[data-guide]");
   guide?.querySelector("[data-guide-hide]").addEventListener("click", () => {

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import compress
 from typing import Any
@@ -56,7 +56,7 @@ def make_cost(
         "full_step_flops": full_step,
         "speedup_bound": full_step / step if step else None,
         "predicted_step_ms": _predict(graph, share, assume, timing),
-        "fits": {name: cost["peak_bytes"] <= size for name, size in devices.items()},
+        "fits": dict(_find_fits(graph, cost, devices)),
         "full": dict(full),
         "assumed": {
             **asdict(assume),
@@ -67,6 +67,19 @@ def make_cost(
             "timed_on": None if timing is None else timing.describe(),
         },
     }
+
+
+def _find_fits(
+    graph: ModelGraph, cost: Mapping[str, Any], devices: Mapping[str, int]
+) -> Iterator[tuple[str, bool]]:
+    """Whether each device has room; without a trace only those that surely have none."""
+    peak = cost["peak_bytes"]
+    least = graph.resting_bytes + cost["optimizer_bytes"] + cost["gradient_bytes"]
+    for name, size in devices.items():
+        if peak is not None:
+            yield name, peak <= size
+        elif least > size:
+            yield name, False
 
 
 def _predict(
@@ -92,14 +105,14 @@ def _cost_of(graph: ModelGraph, share: Share, assume: Assumption) -> dict[str, A
     optimizer_bytes = OPTIMIZER_STATE[assume.optimizer] * sum(
         compress(walk.reached_bytes, share.stepped)
     )
-    forward = backward = activations = None
-    busy = gradient_bytes
+    forward = backward = activations = peak = None
     if graph.nodes:
         forward = round(graph.forward_flops * scale)
         backward = round(walk.sum_live(walk.backward_flops, share.near) * scale)
         half = 0.5 if assume.precision != "fp32" else 1.0  # autocast keeps activations in 16 bits
         activations = round(walk.sum_live(walk.saved_bytes, share.near) * scale * half)
         busy = max(gradient_bytes, walk.peak_bytes(share.near, scale * half))
+        peak = graph.resting_bytes + optimizer_bytes + busy
     return {
         "forward_flops": forward,
         "backward_flops": backward,
@@ -108,5 +121,5 @@ def _cost_of(graph: ModelGraph, share: Share, assume: Assumption) -> dict[str, A
         "gradient_bytes": gradient_bytes,
         "optimizer_bytes": optimizer_bytes,
         "activation_bytes": activations,
-        "peak_bytes": graph.resting_bytes + optimizer_bytes + busy,
+        "peak_bytes": peak,
     }

@@ -237,7 +237,7 @@ def _untraced(
         yield Finding(
             "untraced",
             f"The model could not be traced, so flow states follow the order of its modules and "
-            f"FLOPs and activation memory are not known. {graph.trace_note}".strip(),
+            f"FLOPs, activation and peak memory are not known. {graph.trace_note}".strip(),
         )
     elif graph.traced_by != "fake":
         yield Finding(

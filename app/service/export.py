@@ -25,6 +25,7 @@ ROWS_A_GROUP = 2**17
 class Format:
     """How samples become a file; `write` takes the database and the job's document."""
 
+    label: str
     filename: str
     media_type: str
     write: Callable[[Database, Document], Iterator[bytes]]
@@ -135,10 +136,15 @@ def _seconds(time: str) -> float:
 
 
 FORMATS: Mapping[str, Format] = {
-    "csv": Format("job-{id}.csv", "text/csv", write_csv),
-    "parquet": Format("job-{id}.parquet", "application/vnd.apache.parquet", write_parquet),
-    "json": Format("job-{id}.json", "application/json", write_json),
+    "csv": Format("CSV", "job-{id}.csv", "text/csv", write_csv),
+    "parquet": Format(
+        "Parquet", "job-{id}.parquet", "application/vnd.apache.parquet", write_parquet
+    ),
+    "json": Format("JSON", "job-{id}.json", "application/json", write_json),
     "tensorboard": Format(
-        "events.out.tfevents.frostline-job-{id}", "application/octet-stream", write_events
+        "TensorBoard",
+        "events.out.tfevents.frostline-job-{id}",
+        "application/octet-stream",
+        write_events,
     ),
 }

@@ -78,7 +78,7 @@ def read_course(session: Session, job: Job) -> Course:
         [
             LayerCourse(
                 layer.path,
-                grad[-1] is not None and (is_plain or layer.path in trainable),
+                bool(grad) and grad[-1] is not None and (is_plain or layer.path in trainable),
                 layer.unreached,
                 layer.lost,
                 grad,

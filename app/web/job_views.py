@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
+
+from app.training.recipe import FELL_BACK
 
 LIVE_STATES = ("queued", "starting", "running", "paused", "stopping")
 ENDED_STATES = ("stopped", "failed", "interrupted", "succeeded")
@@ -65,7 +67,7 @@ class JobView:
                 "release": "Paused and released: a checkpoint is written, the device is free.",
             }.get(str(self.document.get("pause")), "Paused.")
         if self.state in ("queued", "interrupted") and self.document.get("waiting_for"):
-            return str(self.document["waiting_for"])
+            return " ".join(filter(None, (str(self.document["waiting_for"]), self.place_in_queue)))
         doing = "evaluating" if self.kind == "evaluate" else "training"
         return {
             "queued": "Waits for a free device; it starts by itself.",
@@ -74,9 +76,25 @@ class JobView:
             "stopping": "Ends after its current step, with a checkpoint.",
             "stopped": "Was stopped; it can go on from its newest checkpoint.",
             "succeeded": "Got to its end.",
-            "failed": "Ended by a failure, which stands below.",
+            "failed": "Ended by a failure.",
             "interrupted": "Its worker died; it can go on from its newest checkpoint.",
         }.get(self.state, "")
+
+    @property
+    def place_in_queue(self) -> str:
+        place = self.document.get("position")
+        if not place:
+            return ""
+        return "It is the next to start." if place == 1 else f"It is number {place} in the queue."
+
+    @property
+    def fell_back(self) -> bool:
+        """Whether device 'auto' found no GPU: of note, and no fault where the machine has none."""
+        return FELL_BACK in (self.document.get("warnings") or ())
+
+    @property
+    def warnings(self) -> Sequence[str]:
+        return [one for one in self.document.get("warnings") or () if one != FELL_BACK]
 
     @property
     def frozen_count(self) -> int:
@@ -190,6 +208,24 @@ class Figure:
 
 
 @dataclass(frozen=True, slots=True)
+class Insight:
+    """A finding about layers of a job.
+
+    Attributes:
+        layers: (path, evidence in words), the first of them where there are many.
+        can_freeze: whether freezing the layers is what to do about it.
+        rerun_address: the workbench with them frozen besides; "" where that is no remedy.
+    """
+
+    code: str
+    message: str
+    layers: Sequence[tuple[str, str]]
+    layer_count: int = 0
+    can_freeze: bool = False
+    rerun_address: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class LiveTreeView:
     """The modules of a job with what is frozen now; `opened` is the list of the open ones."""
 
@@ -219,13 +255,16 @@ class JobPageView:
     message: str = ""
     proof: Document | None = None
     checkpoints: Sequence[Document] = ()
+    resumed: Document | None = None
+    has_gpu: bool = False
     log: str = ""
     log_is_cut: bool = False
     figures: Sequence[Figure] = ()
-    insights: Sequence[Document] = ()
+    insights: Sequence[Insight] = ()
+    insight_steps: Sequence[int] | None = None
     tree: LiveTreeView | None = None
     layer_count: int = 0
-    formats: Sequence[str] = ("csv", "json")
+    formats: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from app.freezing.config import DROPOUT_POLICIES, MECHANISMS, NORM_POLICIES
-from app.web.job_views import JobView, Shell
+from app.web.job_views import Insight, JobView, Shell
 
 Document = Mapping[str, Any]
 
@@ -161,6 +161,8 @@ class PlanPanel:
     frozen_tensors: int
     speedup_bound: float | None
     predicted_step_ms: float | None
+    timed_on: Document | None
+    is_traced: bool
     flops: Sequence[Measure]
     memory: Sequence[Measure]
     fits: Mapping[str, bool]
@@ -294,6 +296,51 @@ class PreviewView:
 
 
 @dataclass(frozen=True, slots=True)
+class TrialRow:
+    """One line of a table with the mechanisms as columns."""
+
+    label: str
+    note: str
+    values: Sequence[str]
+
+
+@dataclass(frozen=True, slots=True)
+class TrialView:
+    """A trial of a model: its mechanisms side by side, or its operations timed.
+
+    Attributes:
+        task: as the interface answers it.
+        address: the workbench's, with what was chosen there.
+        rows, settings: what a comparison measured, and what each setting of an optimizer does.
+    """
+
+    shell: Shell
+    model_id: int
+    task: Document
+    address: str = ""
+    rows: Sequence[TrialRow] = ()
+    settings: Sequence[TrialRow] = ()
+
+    @property
+    def is_comparison(self) -> bool:
+        return bool(self.task["kind"] == "mechanisms")
+
+    @property
+    def is_waiting(self) -> bool:
+        return self.task["state"] in ("queued", "running", "stopping")
+
+    @property
+    def result(self) -> Document:
+        return self.task["result"] or {}
+
+    @property
+    def fault(self) -> str:
+        if self.task["state"] == "stopped":
+            return "It was cancelled."
+        return self.task["error"]["message"] if self.task["error"] else ""
+
+
+@dataclass(frozen=True, slots=True)
 class MatchesView:
     """How much a rule that is being typed would match."""
 
@@ -410,6 +457,13 @@ class PatternsView:
     proofs: Sequence[Document]
     rules: Sequence[EntryRow]
     fields: Sequence[Field]
+    phases: Sequence[EntryRow]
+    groups: Sequence[EntryRow]
+    differences: Sequence[tuple[str, Sequence[str]]]
+    changes: Sequence[Change]
+    trials: Sequence[TrialView]
+    insights: Sequence[Insight]
+    running: JobView
     plan: PlanPanel
     faults: Sequence[Fault]
     address: str = ""

@@ -8,7 +8,9 @@ from app.freezing.config import config_document
 from app.freezing.errors import InvalidDocument
 from app.freezing.graph import ModelGraph, Module, Parameter
 from app.freezing.plan import plan_config
-from app.web import render
+from app.training.recipe import FELL_BACK
+from app.web import insights, render
+from app.web.job_views import JobView
 from app.web.pages import entries, tree, workbench
 
 
@@ -177,3 +179,32 @@ def test_numbers_read_well() -> None:
     assert render.format_duration(7500) == f"2{space}h 05{space}min"
     assert render.format_duration(None) == render.NOTHING
     assert render.format_number(float("nan")) == "nan"
+
+
+def test_a_finding_tells_each_layers_evidence_and_what_to_do() -> None:
+    converged = {"from_step": 1200, "moved_at_most": 0.0002, "at_first": 0.04}
+    finding = {"code": "converged", "message": "m", "names": ["a"], "evidence": {"a": converged}}
+    told = insights.tell_insight(finding, lambda names: f"/models/1?{names}")
+    words = "from step 1\u202f200 on at most 0.02 %, at first 4 %"
+    assert told.layers == [("a", words)]
+    assert told.can_freeze
+    assert told.rerun_address == "/models/1?['a']"
+    lost = {"grad_norm": "NaN", "until_step": 7}
+    finding = {"code": "nonfinite", "message": "m", "names": ["a"], "evidence": {"a": lost}}
+    told = insights.tell_insight(finding, lambda _: "/")
+    assert told.layers == [("a", "gradient NaN, by step 7")]
+    assert not told.can_freeze
+    assert told.rerun_address == ""
+
+
+def test_a_job_that_waits_says_for_what_and_where_it_stands() -> None:
+    waits = {"id": 1, "state": "queued", "waiting_for": "It waits for cpu.", "position": 3}
+    assert JobView(waits).state_words == "It waits for cpu. It is number 3 in the queue."
+    assert JobView({**waits, "position": 1}).state_words.endswith("It is the next to start.")
+
+
+def test_a_fall_back_to_the_cpu_is_told_apart_from_warnings() -> None:
+    job = JobView({"id": 1, "state": "running", "warnings": [FELL_BACK, "Rule 2 matches nothing."]})
+    assert job.fell_back
+    assert job.warnings == ["Rule 2 matches nothing."]
+    assert not JobView({"id": 1, "state": "running", "warnings": None}).fell_back

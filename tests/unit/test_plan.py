@@ -1,5 +1,7 @@
 """What a freeze config does, said before anything is trained."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
@@ -116,6 +118,14 @@ def test_bytes_are_those_of_the_parameters() -> None:
     assert cost["trainable_bytes"] == cost["gradient_bytes"] == trained
     assert cost["optimizer_bytes"] == 2 * trained
     assert cost["full"]["gradient_bytes"] == trained + 4 * (6 * 8 + 8)
+
+
+def test_without_a_trace_only_what_surely_has_no_room_is_told() -> None:
+    graph = replace(GRAPHS["plain"], nodes=())
+    cost = plan_config(graph, FreezeConfig(), devices={"big": 2**30, "tiny": 1}).cost
+    assert cost["peak_bytes"] is None
+    assert cost["full"]["peak_bytes"] is None
+    assert cost["fits"] == {"tiny": False}
 
 
 def test_devices_are_told_whether_it_fits() -> None:

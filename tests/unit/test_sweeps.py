@@ -71,7 +71,7 @@ def test_the_table_of_a_sweep_fills_as_its_jobs_go_on(desk: Desk) -> None:  # no
     row = desk.service.get_sweep(sweep["id"])["table"][1]
     assert row["metrics"] == {"eval/new/accuracy": {"before": 0.25, "after": 0.75}}
     assert (row["step"], row["step_ms"]) == (2, 5.0)
-    assert row["predicted"]["peak_bytes"] > 0
+    assert row["predicted"]["peak_bytes"] is None  # the graph has no trace to know it from
 
 
 def test_what_is_wrong_with_a_sweep_is_told_at_once_and_nothing_starts(

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 from urllib.parse import urlencode
 
@@ -11,7 +12,9 @@ from fastapi import APIRouter, Depends, Form, Query, Request, Response
 
 from app.freezing.errors import InvalidDocument
 from app.service import Conflict, Service
+from app.service.export import FORMATS
 from app.web.guard import signed_in
+from app.web.insights import tell_insight
 from app.web.job_views import Figure, JobPageView, JobView, LiveTreeView
 from app.web.pages import tree
 from app.web.pages.entries import config_items
@@ -73,6 +76,17 @@ def show_tree(request: Request, job_id: int, open: str = Query("", max_length=20
     return render_block(request, "job.html", "live_tree", view)
 
 
+@router.get("/{job_id}/insights")
+def show_insights(request: Request, job_id: int) -> Response:
+    """What the layers' measures say so far; asked for once the page is there, and as it goes on."""
+    found = service_of(request).read_insights(job_id)
+    view = _status_view(request, job_id)
+    document = dict(view.job.document)
+    told = [tell_insight(one, partial(rerun_address, document)) for one in found["findings"]]
+    view = replace(view, insights=told, insight_steps=found["steps"] or ())
+    return render_block(request, "job.html", "insights", view)
+
+
 def _status_view(request: Request, job_id: int, message: str = "") -> JobPageView:
     document = service_of(request).get_job(job_id)
     job = JobView(document)
@@ -80,6 +94,7 @@ def _status_view(request: Request, job_id: int, message: str = "") -> JobPageVie
     return JobPageView(
         shell=shell(request, job.name, "jobs"),
         job=job,
+        has_gpu=service_of(request).has_gpu,
         config=config,
         options=sorted(document["training"].items()),
         rerun_address=rerun_address(document),
@@ -87,10 +102,10 @@ def _status_view(request: Request, job_id: int, message: str = "") -> JobPageVie
     )
 
 
-def rerun_address(document: Document) -> str:
-    """The workbench with everything filled in as this job was started."""
+def rerun_address(document: Document, freeze: Iterable[str] = ()) -> str:
+    """The workbench with everything filled in as this job was started; `freeze` are layers more."""
     config = document["config"]
-    rules = config_items(config)
+    rules = [*config_items(config), *(("rule", f"freeze:{path or '**'}") for path in freeze)]
     policies = [(key, config[key]) for key in POLICIES]
     base = [("config", str(document["config_id"]))] * bool(document.get("config_id"))
     name = [("train.name", document["name"])] * bool(document["name"])
@@ -106,6 +121,8 @@ def _whole_view(request: Request, job_id: int, message: str = "") -> JobPageView
         view,
         proof=service.read_proof(job_id),
         checkpoints=service.list_checkpoints(job_id)[::-1],
+        resumed=service.read_resumption(job_id),
+        formats={name: chosen.label for name, chosen in FORMATS.items()},
         log=log[-LOG_TAIL:],
         log_is_cut=len(log) > LOG_TAIL,
         figures=figures_of(service, dict(view.job.document)),
@@ -138,8 +155,7 @@ def figures_of(service: Service, document: Document) -> list[Figure]:
             "peak memory",
             format_bytes(cost.get("peak_bytes")),
             format_bytes(JobView(document).memory_bytes),
-            "predicted: weights, gradients, optimizer, activations; measured: the whole process "
-            "on a CPU, allocated tensors on a GPU",
+            "measured is that of the whole process on a CPU, of its tensors on a GPU",
         ),
         Figure(
             "work a step",
@@ -177,13 +193,13 @@ def _words(rule: Document) -> str:
 def change_freeze(
     request: Request,
     job_id: int,
-    tick: str = Form(),
+    tick: list[str] = Form(max_length=200),
     optimizer_state: str = Form("fresh"),
     open: str = Form("", max_length=20_000),  # noqa: A002
 ) -> Response:
-    """A tick while the job runs: `tick` is ``freeze:PATH`` or ``unfreeze:PATH``."""
-    action, _, path = tick.partition(":")
-    rules = [{"action": action, "match": path or "**"}]
+    """A tick while the job runs, or several: each is ``freeze:PATH`` or ``unfreeze:PATH``."""
+    parts = (one.partition(":") for one in tick)
+    rules = [{"action": action, "match": path or "**"} for action, _, path in parts]
     change = {"rules": rules, "optimizer_state": optimizer_state}
     query = f"?{urlencode({'open': open})}" * bool(open)
     return _do(request, job_id, lambda: service_of(request).change_freeze(job_id, change), query)

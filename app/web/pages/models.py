@@ -133,6 +133,8 @@ def _build(
     choice: workbench.Choice,
     faults: tuple[Fault, ...] = (),
     seen: workbench.Choice | None = None,
+    *,
+    with_rows: bool = True,
 ) -> WorkbenchView:
     """The page of one choice; `seen` is the one that the browser shows already."""
     service = service_of(request)
@@ -147,10 +149,16 @@ def _build(
     before = service.make_plan(model_id, workbench.plan_request(seen)) if seen else None
     saved = service.list_configs(model_id=model_id)
     graph = service.read_graph(model_id)
-    view = build_view(request, model, graph, choice, plan, saved, faults, before)
+    view = build_view(
+        request, model, graph, choice, plan, saved, faults, before, with_rows=with_rows
+    )
     is_hidden = request.cookies.get(GUIDE_COOKIE) == "hidden"
     is_demo = str(model["uri"]).startswith("demo:")
-    return replace(view, guide=is_demo and not is_hidden and not service.list_jobs(limit=1))
+    return replace(
+        view,
+        again=model_form.spec_address(model["spec"]),
+        guide=is_demo and not is_hidden and not service.list_jobs(limit=1),
+    )
 
 
 @router.get("/models/{model_id}")
@@ -193,9 +201,8 @@ def show_plan(
         choice = workbench.act(choice, service_of(request).read_graph(model_id), items)
     except InvalidDocument as error:
         faults = tuple(faults_of(error))
-    return render_block(
-        request, "workbench.html", "answer", _build(request, model_id, choice, faults, seen)
-    )
+    view = _build(request, model_id, choice, faults, seen, with_rows=False)
+    return render_block(request, "workbench.html", "answer", view)
 
 
 @router.get("/models/{model_id}/rows")

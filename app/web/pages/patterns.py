@@ -3,16 +3,29 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 from fastapi import APIRouter, Depends, Request, Response
 
 from app.web.guard import signed_in
-from app.web.job_views import JobView
+from app.web.job_views import Insight, JobView
 from app.web.render import JOB_STATES, render_page, shell
-from app.web.views import EntryRow, Fault, Field, Measure, PatternsView, PlanPanel, TreeRow
+from app.web.views import (
+    Change,
+    EntryRow,
+    Fault,
+    Field,
+    Measure,
+    PatternsView,
+    PlanPanel,
+    TreeRow,
+    TrialRow,
+    TrialView,
+)
 
 router = APIRouter(dependencies=[Depends(signed_in)], include_in_schema=False)
 
+Document = dict[str, Any]
 LONG_NAME = "model.decoder.layers.11.self_attn.attention_output_projection.parametrizations.weight"
 
 
@@ -41,6 +54,25 @@ def show_patterns(request: Request) -> Response:
             Field("train.optimizer", "optimizer", "adamw", choices=("sgd", "adam", "adamw")),
             Field("train.epochs", "epochs", "", "3", numeric=True, help="Whole passes."),
         ],
+        phases=[
+            EntryRow(("epoch", "2", "unfreeze", "keep", "encoder.layer.11.**"), 16, 7_087_872),
+            EntryRow(
+                ("step", "soon", "freeze", "fresh", "fc"),
+                2,
+                570,
+                "'soon' is not a whole number of steps.",
+            ),
+            EntryRow(("epoch", "1", "unfreeze", "fresh", "")),
+        ],
+        groups=[EntryRow(("10", "0", "classifier.**"), 2, 7_690), EntryRow(("", "", ""))],
+        differences=[("frozen", ("encoder.layer.0.weight", "encoder.layer.0.bias"))],
+        changes=[
+            Change("Would be frozen", ("head.weight",), ("head.weight", "head.bias")),
+            Change("Would be trainable", (), ("encoder.layer.11.weight",)),
+        ],
+        trials=_trials(request),
+        insights=_insights(),
+        running=_job(3, "running"),
         plan=_plan(),
         faults=[
             Fault(
@@ -155,6 +187,48 @@ def _proofs() -> list[dict[str, object]]:
     ]
 
 
+def _insights() -> list[Insight]:
+    rest = "encoder.layer.0 has come to rest. A candidate for freezing from here on."
+    lost = "The gradient of fc exploded: for a step it was a hundred times its usual size."
+    still = [("encoder.layer.0", "from step 900 on at most 0.02 %, at first 4 %")]
+    return [
+        Insight("converged", rest, still, 1, can_freeze=True, rerun_address="/models"),
+        Insight("explodes", lost, [("fc", "412 by step 73, usually 1.3")], 1),
+    ]
+
+
+def _trials(request: Request) -> list[TrialView]:
+    """One that is under way, one that found something, one that could not be."""
+    nothing = {"error": None, "result": None, "progress": None, "id": 0}
+    trained = {"sgd": ("same", "same"), "adamw": ("same", "5.0e-03")}
+    says = ["No gradient of what is frozen is computed or kept.", "Weight decay moves it."]
+    found = {
+        "frozen": 9,
+        "trained": 20,
+        "steps": 5,
+        "setting": {"name": "AdamW"},
+        "on": "example",
+        "device": "cpu",
+        "mechanisms": [
+            {"mechanism": name, "says": [words]}
+            for name, words in zip(("requires_grad", "zero_grad"), says, strict=True)
+        ],
+    }
+    rows = [
+        TrialRow("peak memory", "", ("1.1 MB", "1.2 MB")),
+        TrialRow("what is frozen", "after these steps", ("identical", "moved")),
+    ]
+    frame = shell(request, "Patterns")
+    wrong = {"reason": "bad_spec", "message": "Nothing is trainable under this freeze config."}
+    tasks: list[Document] = [
+        {**nothing, "kind": "mechanisms", "state": "running", "progress": "zero_lr, step 3"},
+        {**nothing, "kind": "mechanisms", "state": "succeeded", "result": found},
+        {**nothing, "kind": "mechanisms", "state": "failed", "error": wrong},
+    ]
+    settings = [TrialRow(name, "", values) for name, values in trained.items()]
+    return [TrialView(frame, 1, task, rows=rows, settings=settings) for task in tasks]
+
+
 def _plan() -> PlanPanel:
     return PlanPanel(
         trainable_numel=7_100_000,
@@ -162,7 +236,9 @@ def _plan() -> PlanPanel:
         trainable_tensors=20,
         frozen_tensors=180,
         speedup_bound=2.4,
-        predicted_step_ms=None,
+        predicted_step_ms=41.7,
+        timed_on={"device": "cpu", "threads": 2, "batch_sizes": [8, 32]},
+        is_traced=True,
         flops=(
             Measure("forward", 35.1e9, 35.1e9, 105.3e9),
             Measure("backward", 8.4e9, 70.2e9, 105.3e9),

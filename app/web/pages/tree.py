@@ -6,6 +6,8 @@ from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import accumulate
+from operator import mul
 from typing import Any, NamedTuple
 
 from app.freezing.globs import compile_match
@@ -49,6 +51,23 @@ class Outline:
     def blocks(self) -> tuple[str, ...]:
         """Paths of the repeated blocks."""
         return find_blocks(self.graph)
+
+    @cached_property
+    def spans(self) -> Sequence[tuple[int, int] | None]:
+        """First and last of `below` and one beyond, where nothing is missing between them."""
+        return [
+            (own[0], own[-1] + 1) if own and own[-1] + 1 - own[0] == len(own) else None
+            for own in self.below
+        ]
+
+    @cached_property
+    def sizes(self) -> Mapping[str, int]:
+        """First name of every parameter → its elements."""
+        return {parameter.name: parameter.numel for parameter in self.graph.parameters}
+
+    @cached_property
+    def nbytes(self) -> int:
+        return sum(parameter.nbytes for parameter in self.graph.parameters)
 
     def children(self, index: int) -> Iterable[int]:
         child = index + 1
@@ -122,6 +141,7 @@ class TreeStates:
 
     Attributes:
         frozen: by unique parameter: is it frozen.
+        counts, numels: how many parameters before each are frozen, and how many elements.
         flows, becauses: a layer's own flow state and its reason by module, "" where it has none.
         above: modules above which the frost line may be drawn, outermost first.
         inside: modules that contain it, outermost first.
@@ -129,6 +149,8 @@ class TreeStates:
 
     shape: Outline
     frozen: Sequence[bool]
+    counts: Sequence[int]
+    numels: Sequence[int]
     flows: Sequence[str]
     becauses: Sequence[str]
     above: Sequence[int]
@@ -136,14 +158,22 @@ class TreeStates:
 
     def module(self, index: int) -> RowState:
         """A layer's own flow; for a container the flow of all layers below it, where they agree."""
-        indices, parameters = self.shape.below[index], self.shape.graph.parameters
-        frozen = [i for i in indices if self.frozen[i]]
-        box = "mixed" if 0 < len(frozen) < len(indices) else "frozen" if frozen else "trainable"
-        share = sum(parameters[i].numel for i in frozen) / max(self.shape.numels[index], 1)
+        indices = self.shape.below[index]
+        count, numel = self._frozen_below(index)
+        box = "mixed" if 0 < count < len(indices) else "frozen" if count else "trainable"
+        share = numel / max(self.shape.numels[index], 1)
         if self.flows[index]:
             return RowState(box, share, self.flows[index], self.becauses[index])
         below = set(self.flows[index : self.shape.ends[index]]) - {""}
         return RowState(box if indices else "", share, below.pop() if len(below) == 1 else "")
+
+    def _frozen_below(self, index: int) -> tuple[int, int]:
+        """How many parameters at and below a module are frozen, and how many elements."""
+        if span := self.shape.spans[index]:
+            first, end = span
+            return self.counts[end] - self.counts[first], self.numels[end] - self.numels[first]
+        frozen = [i for i in self.shape.below[index] if self.frozen[i]]
+        return len(frozen), sum(self.shape.graph.parameters[i].numel for i in frozen)
 
     def parameter(self, index: int) -> RowState:
         parameter = self.shape.graph.parameters[index]
@@ -156,15 +186,29 @@ class TreeStates:
 
 
 def read_states(graph: ModelGraph, plan: Mapping[str, Any]) -> TreeStates:
-    """The states of every row from a plan document."""
+    """The states of every row from a plan document, kept for the plans that were asked for last."""
+    for known, states in tuple(_kept_states):
+        if known is plan and states.shape.graph is graph:
+            return states
+    states = _read_states(graph, plan)
+    _kept_states.append((plan, states))
+    return states
+
+
+# By identity, as outlines: the service answers with the same plan as long as it keeps it.
+_kept_states: deque[tuple[Mapping[str, Any], TreeStates]] = deque(maxlen=4)
+
+
+def _read_states(graph: ModelGraph, plan: Mapping[str, Any]) -> TreeStates:
     shape = outline(graph)
-    frozen_names = set(plan["frozen"])
-    frozen = [p.name in frozen_names for p in graph.parameters]
+    frozen = list(map(set(plan["frozen"]).__contains__, shape.sizes))
+    counts = [0, *accumulate(frozen)]
+    numels = [0, *accumulate(map(mul, frozen, shape.sizes.values()))]
     flows, becauses = [""] * len(graph.modules), [""] * len(graph.modules)
     for layer in plan["layers"]:
         index = shape.module_index[layer["path"]]
         flows[index], becauses[index] = layer["flow"], layer.get("because") or ""
-    return TreeStates(shape, frozen, flows, becauses, *_frost_line(shape, flows))
+    return TreeStates(shape, frozen, counts, numels, flows, becauses, *_frost_line(shape, flows))
 
 
 def changed_states(

@@ -40,20 +40,23 @@ def build_view(
     saved: Sequence[Document] = (),
     faults: Sequence[Fault] = (),
     plan_before: Document | None = None,
+    *,
+    with_rows: bool = True,
 ) -> WorkbenchView:
     """The whole page for one choice, given the plan that it leads to.
 
     Args:
         plan_before: the plan that the page shows already; the states are those that differ.
+        with_rows: whether the rows of the tree are wanted, or their states alone.
     """
     states = tree.read_states(graph, plan)
     found = None
     if choice.search:
-        rows, found = tree.find_rows(graph, states, choice.search)
+        rows, found = tree.find_rows(graph, states, choice.search) if with_rows else ([], None)
         places: Iterable[tree.Place] = tree.find_places(graph, choice.search)[0]
     else:
         opened = tree.first_open(graph) if choice.opened is None else choice.opened
-        rows = tree.list_rows(graph, states, opened)
+        rows = tree.list_rows(graph, states, opened) if with_rows else []
         places = tree.list_places(graph, opened)
     before = tree.read_states(graph, plan_before) if plan_before else states
     first, more = form_fields(choice.training, faults)
@@ -152,20 +155,29 @@ def assume_fields(choice: Choice) -> list[Field]:
 def plan_panel(graph: ModelGraph, plan: Document) -> PlanPanel:
     """The right side of the workbench from a plan document."""
     cost, full = plan["cost"], plan["cost"].get("full") or {}
-    sizes = {p.name: p.numel for p in graph.parameters}
-    weights = sum(p.nbytes for p in graph.parameters)
-    step, peak = full.get("step_flops"), full.get("peak_bytes")
+    sizes, weights = tree.outline(graph).sizes, tree.outline(graph).nbytes
+    total = sum(sizes.values())
+    # The shorter list tells as much as the longer one.
+    is_frozen_shorter = len(plan["frozen"]) < len(plan["trainable"])
+    shorter = sum(sizes[name] for name in plan["frozen" if is_frozen_shorter else "trainable"])
+    frozen_numel = shorter if is_frozen_shorter else total - shorter
+    step = full.get("step_flops")
+    # Of a model that was not traced the peak is not known: bars are then of what is.
+    known = weights + (full.get("gradient_bytes") or 0) + (full.get("optimizer_bytes") or 0)
+    peak = full.get("peak_bytes") or known
 
     def measure(label: str, key: str, whole: float | None) -> Measure:
         return Measure(label, cost.get(key), full.get(key), whole)
 
     return PlanPanel(
-        trainable_numel=sum(sizes[name] for name in plan["trainable"]),
-        frozen_numel=sum(sizes[name] for name in plan["frozen"]),
+        trainable_numel=total - frozen_numel,
+        frozen_numel=frozen_numel,
         trainable_tensors=len(plan["trainable"]),
         frozen_tensors=len(plan["frozen"]),
         speedup_bound=cost.get("speedup_bound"),
         predicted_step_ms=cost.get("predicted_step_ms"),
+        timed_on=(cost.get("assumed") or {}).get("timed_on"),
+        is_traced=bool(graph.nodes),
         flops=(
             measure("forward", "forward_flops", step),
             measure("backward", "backward_flops", step),
