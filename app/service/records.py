@@ -11,7 +11,6 @@ from app.freezing.config import config_document, parse_config
 from app.freezing.errors import InvalidDocument, show_value
 from app.freezing.globs import compile_match
 from app.jobs import folder as job_folder
-from app.jobs.spool import read_spool
 from app.service.documents import (
     NO_PROOF,
     Conflict,
@@ -115,21 +114,6 @@ class Records(Jobs):
             return self.make_plan(job.model_id, {**asked, "assume": assume})
         except Conflict:
             return None  # the model's inspection is gone; what the job recorded is not
-
-    def read_resumption(self, job_id: int) -> Document | None:
-        """What became of the optimizer's state when the newest attempt went on from a checkpoint.
-
-        Returns:
-            ``step`` of the checkpoint, and the first names of what is ``kept`` (trained on with its
-            state), ``fresh`` (starts anew) and ``dropped`` (frozen now, its state gone). None where
-            the attempt began afresh, or has not told yet.
-        """
-        attempt = self.get_job(job_id)["attempt"]
-        spool = self._folder(job_id) / "attempts" / str(attempt) / "telemetry.spool"
-        records, _ = read_spool(spool, limit_bytes=64)  # the first one, however long, comes whole
-        told = [record.payload for record in records if record.kind == "start"]
-        resumed: Document | None = told[0].get("resumed") if told else None
-        return resumed
 
     def count_layers(self, job_id: int) -> int:
         with self._db.read() as session:

@@ -5,18 +5,21 @@ from __future__ import annotations
 import random
 import warnings
 from collections.abc import Iterator
+from itertools import islice
 
 import pytest
 import torch
 from torch import nn
 
+from app.freezing.apply import apply_config
 from app.freezing.config import FreezeConfig
 from app.freezing.graph import ModelGraph
 from app.freezing.plan import plan_config
 from app.freezing.presets import shortest_rules
+from app.freezing.proof import Proof
 from app.freezing.trace import trace_model
 from tests.zoo.library import LIBRARY, build_library_model
-from tests.zoo.observe import Seen, observe
+from tests.zoo.observe import Seen, call, find_loss, observe
 from tests.zoo.own import OWN
 
 SETS = 50
@@ -115,3 +118,26 @@ def test_flow_states_and_flops_are_those_of_a_real_backward(name: str) -> None:
         else:
             most = plan.cost["backward_flops"] + seen.forward_flops
             assert plan.cost["backward_flops"] <= seen.backward_flops <= most
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", [*OWN, *LIBRARY])
+def test_what_stays_frozen_raises_no_alarm(name: str) -> None:
+    model, example = build(name)
+    model.train()
+    graph = trace_model(model, example)
+    for trains in (trains for trains in islice(draw_sets(graph, name), 5) if trains):
+        state = {p.name: p.name not in trains for p in graph.parameters}
+        for parameter in model.parameters():  # rules say what changes of a model as it comes
+            parameter.requires_grad_(parameter.is_floating_point())
+        freeze = apply_config(model, FreezeConfig(rules=shortest_rules(state, graph)))
+        proof = Proof(freeze)
+        optimizer = torch.optim.AdamW(freeze.parameter_groups(weight_decay=0.1), lr=1e-2)
+        for _ in range(2):
+            optimizer.zero_grad()
+            loss = find_loss(call(model, example), example, None)
+            if loss.requires_grad:
+                loss.backward()
+                optimizer.step()
+        told = proof.check()
+        assert told["verdict"] == "holds", told

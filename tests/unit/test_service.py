@@ -12,7 +12,7 @@ from sqlmodel import Session
 from app.freezing.errors import InvalidDocument
 from app.freezing.graph import ModelGraph, Module, Parameter
 from app.jobs import folder as job_folder
-from app.jobs.spool import Record, SpoolWriter
+from app.jobs.spool import Record
 from app.service import Conflict, NotFound, Service
 from app.service.news import STEPS_A_CALL
 from app.settings import Settings
@@ -564,16 +564,11 @@ def test_a_job_that_has_measured_nothing_has_no_insights(desk: Desk) -> None:
 
 def test_what_became_of_the_optimizer_state_is_told_after_a_resume(desk: Desk) -> None:
     desk.launch()
-    attempt = desk.begin(1)
-    assert desk.service.read_resumption(1) is None
+    desk.begin(1)
+    assert desk.service.list_attempts(1)[0]["resumed"] is None
     resumed = {"step": 3, "kept": ["head.weight"], "fresh": ["body.bias"], "dropped": []}
-    directory = desk.data_dir / "jobs" / "1" / "attempts" / str(attempt.number)
-    directory.mkdir(parents=True)
-    spool = SpoolWriter(directory / "telemetry.spool", attempt.number)
-    spool.append("start", {**START, "resumed": resumed})
-    spool.append("state", {"state": "running"})
-    spool.close()
-    assert desk.service.read_resumption(1) == resumed
+    desk.tell(1, Record(1, 1, "start", {**START, "resumed": resumed}))
+    assert desk.service.list_attempts(1)[0]["resumed"] == resumed
 
 
 def test_an_export_has_every_sample_and_no_formula(desk: Desk) -> None:

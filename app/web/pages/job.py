@@ -59,12 +59,13 @@ async def show_status(request: Request, job_id: int) -> Response:
 @router.get("/{job_id}/side")
 def show_side(request: Request, job_id: int) -> Response:
     """Proof, figures and checkpoints, asked for again when one of them changed."""
-    return render_block(request, "job.html", "side", _whole_view(request, job_id))
+    return render_block(request, "job.html", "side", _side_view(request, job_id))
 
 
 @router.get("/{job_id}/log")
 def show_log(request: Request, job_id: int) -> Response:
-    return render_block(request, "job.html", "log", _whole_view(request, job_id))
+    view = _with_log(_status_view(request, job_id), service_of(request))
+    return render_block(request, "job.html", "log", view)
 
 
 @router.get("/{job_id}/tree")
@@ -114,17 +115,24 @@ def rerun_address(document: Document, freeze: Iterable[str] = ()) -> str:
 
 
 def _whole_view(request: Request, job_id: int, message: str = "") -> JobPageView:
+    return _with_log(_side_view(request, job_id, message), service_of(request))
+
+
+def _with_log(view: JobPageView, service: Service) -> JobPageView:
+    log = service.read_log(view.job.id)
+    return replace(view, log=log[-LOG_TAIL:], log_is_cut=len(log) > LOG_TAIL)
+
+
+def _side_view(request: Request, job_id: int, message: str = "") -> JobPageView:
     service = service_of(request)
-    log = service.read_log(job_id)
     view = _status_view(request, job_id, message)
+    attempts = service.list_attempts(job_id)
     return replace(
         view,
         proof=service.read_proof(job_id),
         checkpoints=service.list_checkpoints(job_id)[::-1],
-        resumed=service.read_resumption(job_id),
+        resumed=attempts[-1]["resumed"] if attempts else None,
         formats={name: chosen.label for name, chosen in FORMATS.items()},
-        log=log[-LOG_TAIL:],
-        log_is_cut=len(log) > LOG_TAIL,
         figures=figures_of(service, dict(view.job.document)),
         layer_count=service.count_layers(job_id),
     )
