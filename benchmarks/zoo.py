@@ -6,6 +6,7 @@ from its default configuration is named and not counted.
 """
 
 import argparse
+import inspect
 import logging
 import os
 import statistics
@@ -60,7 +61,10 @@ def build_plainly(uri: str) -> Any:
             return transformers.AutoModel.from_config(config)
         if scheme == "timm":
             return load_library("timm").create_model(name, pretrained=False)
-        return load_library("torchvision.models").get_model(name, weights=None)
+        models = load_library("torchvision.models")
+        takes = inspect.signature(models.get_model_builder(name)).parameters
+        options = {"weights_backbone": None} if "weights_backbone" in takes else {}
+        return models.get_model(name, weights=None, **options)
 
 
 def try_model(uri: str) -> tuple[str, str, float]:
