@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from app.sources.fetch import ask_hub, fetch_weights, in_words
 from app.sources.intake import IMAGENET_MEAN, IMAGENET_STD, Intake
@@ -67,6 +67,28 @@ def build_without_weights(model: nn.Module) -> nn.Module:
                 if tensor is not None and tensor.is_meta:
                     tensors[name] = replace(tensor)  # type: ignore[assignment]
     return model
+
+
+def build_on_meta(build: Callable[[], Any]) -> Any:
+    """Build on the meta device, or, where a constructor computes with values, the parameters there.
+
+    torchvision's RegNets read their widths from a tensor.
+    """
+    try:
+        with torch.device("meta"):
+            return build()
+    except NotImplementedError:  # what the meta device says when it is asked for a value
+        pass
+
+    def move(_module: nn.Module, _name: str, given: nn.Parameter) -> nn.Parameter:
+        # One that is there already is tied, and stays the same.
+        return given if given.is_meta else nn.Parameter(given.to("meta"), given.requires_grad)
+
+    hook = register_module_parameter_registration_hook(move)  # type: ignore[arg-type]
+    try:
+        return build()
+    finally:
+        hook.remove()
 
 
 def is_weightless(model: nn.Module) -> bool:
@@ -302,14 +324,14 @@ def build_vision_model(
         options["num_classes"] = spec.num_classes
     if scheme == "timm" and wants_weights:
         ask_hub()
-    with (
-        in_words(f"{scheme}:{name}", None),
-        torch.device("meta") if weightless else contextlib.nullcontext(),
-    ):
+
+    def build() -> Any:
         if scheme == "timm":
-            model = models.create_model(name, pretrained=wants_weights, **options)
-        else:
-            model = _build_torchvision(models, name, options, wants_weights)
+            return models.create_model(name, pretrained=wants_weights, **options)
+        return _build_torchvision(models, name, options, wants_weights)
+
+    with in_words(f"{scheme}:{name}", None):
+        model = build_on_meta(build) if weightless else build()
     if weightless:
         build_without_weights(model)
     shape, mean, std = (3, 224, 224), IMAGENET_MEAN, IMAGENET_STD

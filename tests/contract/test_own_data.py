@@ -19,6 +19,13 @@ from app.settings import Settings
 from tests.unit.own_files import make_reviews, write_csv, write_images, write_model
 
 TOKEN = "a-token-for-tests"
+SIZED = """
+import torch
+
+
+def load(size):
+    return {"train": [(torch.zeros(1, 8, 8), 0)] * size}
+"""
 
 
 @pytest.fixture(scope="module")
@@ -32,6 +39,7 @@ def shelf(tmp_path_factory: pytest.TempPathFactory) -> Path:
     both = [{"a": r["review"], "b": r["review"], "verdict": r["verdict"]} for r in rows]
     write_csv(folder / "ambiguous.csv", both)
     write_images(folder / "photos")
+    (folder / "sized.py").write_text(SIZED)
     (folder / "slow.py").write_text("import time\ndef load():\n    time.sleep(10**6)\n")
     return folder
 
@@ -138,6 +146,27 @@ def test_the_page_waits_shows_and_keeps_what_was_chosen(door: httpx2.Client, ber
     refused = door.post(f"/models/{bert}/preview", data={"train.dataset": "csv:none.csv"})
     assert refused.status_code == 422
     assert "There is no &#39;none.csv&#39;" in refused.text
+
+
+def test_the_arguments_of_a_dataset_are_typed_beside_it_and_come_back(door: httpx2.Client) -> None:
+    model_id = add_model(door, "demo:digits")
+    form = {"train.dataset": "python:sized:load", "train.kwargs": '{"size": 24}'}
+    for kwargs, words in (
+        ("{", "&#39;kwargs&#39; must be an object of keyword arguments; this is &#39;{&#39;."),
+        ("[1]", "&#39;kwargs&#39; must be an object of keyword arguments; this is [1]."),
+    ):
+        for place in ("jobs", "sweeps", "preview"):
+            bad = {**form, "train.kwargs": kwargs, "sweep.set": "choice"}
+            refused = door.post(f"/models/{model_id}/{place}", data=bad)
+            assert (refused.status_code, words in refused.text) == (422, True)
+    started = door.post(f"/models/{model_id}/jobs", data={**form, "train.max_steps": "1"})
+    place = started.headers["Location"]
+    job = wait_for(door, f"/api{place}", "queued", "starting", "running")
+    assert (job["state"], job["dataset"]["kwargs"]) == ("succeeded", {"size": 24})
+    again = re.search(r'href="(/models/[^"]+train.dataset[^"]+)"', door.get(place).text)
+    assert again is not None
+    field = door.get(html.unescape(again.group(1))).text.partition('name="train.kwargs"')[2]
+    assert "{&#34;size&#34;: 24}" in field.partition(">")[0]
 
 
 def test_images_are_files_of_their_own(door: httpx2.Client) -> None:

@@ -5,12 +5,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
 from app.freezing.config import parse_config
 from app.freezing.errors import InvalidDocument
 from app.freezing.trace import trace_model
 from app.sources.datasets import Data, build_data
+from app.sources.hub import build_on_meta
 from app.sources.models import BuiltModel, build_model
 from app.sources.preview import preview_data
 from app.sources.spec import DatasetSpec, parse_dataset_spec, parse_model_spec
@@ -250,3 +252,24 @@ def test_fewer_layers_keep_the_first_types_and_a_named_list_stands(tmp_path: Pat
     kwargs = {**small, "num_hidden_layers": 2, "layer_types": types}
     built = build(tmp_path, "hf:gemma3_text", kwargs=kwargs, **options)
     assert built.model.config.layer_types == types
+
+
+def test_a_constructor_that_reads_values_is_built_without_memory_all_the_same() -> None:
+    class Widths(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            wide = int(torch.arange(3)[-1].item()) + 10**5
+            self.a, self.b = (torch.nn.Linear(wide, wide) for _ in range(2))
+            self.b.weight = self.a.weight
+
+    model = build_on_meta(Widths)
+    assert {tensor.device.type for tensor in model.parameters()} == {"meta"}
+    assert model.a.weight is model.b.weight
+    assert torch.nn.Linear(2, 2).weight.device.type == "cpu"  # nothing stays behind
+
+
+@pytest.mark.parametrize("kind", ["oneformer", "pvt"])
+def test_configurations_of_odd_habits_show_their_tree(tmp_path: Path, kind: str) -> None:
+    """One names several inputs, one has no names for its classes."""
+    built = build(tmp_path, f"hf:{kind}", random_init=True, weightless=True)
+    assert trace_model(built.model, built.example).parameter_count > 10**6
