@@ -77,7 +77,7 @@ def build_on_meta(build: Callable[[], Any]) -> Any:
     try:
         with torch.device("meta"):
             return build()
-    except NotImplementedError:  # what the meta device says when it is asked for a value
+    except RuntimeError:  # what the meta device says when it is asked for a value
         pass
 
     def move(_module: nn.Module, _name: str, given: nn.Parameter) -> nn.Parameter:
