@@ -258,7 +258,7 @@ def test_a_constructor_that_reads_values_is_built_without_memory_all_the_same() 
     class Widths(torch.nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            wide = int(torch.arange(3)[-1].item()) + 10**5
+            wide = int(torch.arange(3)[-1].item()) + 10**4
             self.a, self.b = (torch.nn.Linear(wide, wide) for _ in range(2))
             self.b.weight = self.a.weight
 
