@@ -11,7 +11,6 @@ from app.freezing.errors import InvalidDocument
 from app.sources.demo import DEMO_DATASETS, DEMO_TRAINING
 from app.training.recipe import OPTIONS, Option
 from app.web.pages.entries import Document, typed
-from app.web.pages.model_form import read_json
 from app.web.views import Fault, Field
 
 DATASET_OPTIONS = {
@@ -79,6 +78,9 @@ def dataset_request(given: Mapping[str, str]) -> Document:
 
 def _read_json(text: str) -> Any:
     """What was typed where it is no JSON: it is refused as what it is."""
+    # Imported here: the API, whose JSON this is, has reports, which are made of pages.
+    from app.web.pages.model_form import read_json
+
     try:
         return read_json("kwargs", text)
     except InvalidDocument:
