@@ -32,7 +32,7 @@ from app.web.pages import (
     sweeps,
     system,
 )
-from app.web.stream import SharedNews
+from app.web.shared import Shared
 
 __all__ = ["DataFolderHeld", "Holder", "create_app", "read_holder"]
 
@@ -59,7 +59,7 @@ def create_app(settings: Settings) -> FastAPI:
             app.state.token = read_token(settings)
             app.state.audit = AuditLog(settings.data_dir / "audit.log")
             app.state.failed_logins, app.state.open_streams = FailedLogins(), OpenStreams()
-            app.state.shared_news = SharedNews()
+            app.state.shared = Shared()
             if is_new:
                 app.state.service.add_model(FIRST_MODEL)
             stop = threading.Event()

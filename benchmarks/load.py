@@ -1,27 +1,33 @@
-"""The server under load: many readers, streams, aborted ones, two jobs; then SIGTERM."""
+"""The server under load: fifty pages of a running job, streams, aborted ones; then SIGTERM.
+
+Two jobs train on both cores all the while. A page is played as static/live.js and the charts have
+it: it hears of its job by a stream, asks for its parts at their paces, for charts only what is new,
+and less often where answers take long.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import json
 import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import Any
 
 import httpx2
 import psutil
 
 from tests.contract.path_driver import TOKEN, Script, serving
 
-READERS, STREAMS, ABORTED = 50, 200, 1000
-SECONDS = 20.0
+PAGES, STREAMS, ABORTED = 50, 200, 1000
+SECONDS = 30.0
 HEADERS = {"Authorization": f"Bearer {TOKEN}"}
-# What a page of a running job asks for, over and over.
-ASKED = ("/jobs/{job}", "/api/jobs/{job}", "/api/jobs/{job}/metrics?points=800",
-         "/api/jobs/{job}/layers?stat=grad_norm&points=800", "/api/jobs/{job}/proof")  # fmt: skip
+# The parts of a page that hears of its job, and the seconds between two askings at least.
+PARTS = {"/jobs/{job}/status": 0.5, "/api/jobs/{job}/metrics?points=600": 0.5,
+         "/api/jobs/{job}/layers?stat=grad_norm&points=800&as=float32": 0.5, "/jobs/{job}/log": 1.5,
+         "/jobs/{job}/side": 3.0}  # fmt: skip
+PATIENCE = 20  # as in static/live.js
 
 
 def main() -> None:
@@ -34,7 +40,7 @@ def main() -> None:
             jobs = [_launch(script, model) for _ in range(2)]
             asyncio.run(_load(script, jobs))
             took = asyncio.run(_end_with_streams(script))
-    print(f"SIGTERM with {STREAMS} streams open: ended after {took:.1f} s (wanted: within 5)")
+        print(f"SIGTERM with {STREAMS} streams open: ended after {took:.1f} s (wanted: within 5)")
 
 
 def _launch(script: Script, model: int) -> int:
@@ -46,7 +52,10 @@ def _launch(script: Script, model: int) -> int:
 
 
 def _client(script: Script) -> httpx2.AsyncClient:
-    limits = httpx2.Limits(max_connections=None, max_keepalive_connections=None)
+    # Connections are left before the server, after 5 s, would close them under a request.
+    limits = httpx2.Limits(
+        max_connections=None, max_keepalive_connections=None, keepalive_expiry=2.0
+    )
     return httpx2.AsyncClient(
         base_url=str(script.http.base_url), headers=HEADERS, timeout=60, limits=limits,
         trust_env=False,
@@ -56,46 +65,88 @@ def _client(script: Script) -> httpx2.AsyncClient:
 async def _load(script: Script, jobs: list[int]) -> None:
     server = psutil.Process(script.process.pid)
     async with _client(script) as client:
-        await _read(client, jobs[0], 2.0)  # warm: caches, threads, statements
-    before = _footprint(server)
+        alone = await _open_page(client, jobs[0], 10.0)
+        print(f"1 page: {_words(alone, 10.0)}")
+        many = await _open_pages(client, jobs)
+        print(f"{PAGES} pages: {_words(many, SECONDS)} (wanted: a median under 100 ms)")
+    before = await _settle(server, (0, 0, 0))
     async with _client(script) as client:
-        alone = await _read(client, jobs[0], 5.0)
-        print(f"1 reader, 2 jobs training: {_words(alone)} (wanted: median under 100 ms)")
-        many = await _together([lambda: _read(client, jobs[0], SECONDS)] * READERS)
-        print(f"{READERS} readers: {_words(many)}")
         async with asyncio.TaskGroup() as group:
             ready = asyncio.Barrier(STREAMS + 1)
             held = [
                 group.create_task(_hold_stream(client, jobs[n % 2], ready)) for n in range(STREAMS)
             ]
             await ready.wait()
-            open_now = _footprint(server)
-            beside = await _read(client, jobs[1], 5.0)
+            beside = await _open_page(client, jobs[1], 10.0)
+            memory = _footprint(server)[0]
             for task in held:
                 task.cancel()
-        print(f"{STREAMS} streams open: {_words(beside)}; server {open_now[0] / 1e6:.0f} MB")
-        for start in range(0, ABORTED, 100):
+        print(f"1 page beside {STREAMS} streams: {_words(beside, 10.0)}; {memory / 1e6:.0f} MB")
+        for _ in range(0, ABORTED, 100):
             await asyncio.gather(*(_abort_stream(client, jobs[0]) for _ in range(100)))
-            print(f"\r{start + 100} streams aborted", end="", file=sys.stderr)
-        print(file=sys.stderr)
+        again = await _open_pages(client, jobs)
+        print(f"{PAGES} pages after {ABORTED} aborted streams: {_words(again, SECONDS)}")
     after = await _settle(server, before)
-    print(f"after {STREAMS} streams and {ABORTED} aborted ones, before → after:")
+    print("of the server before the streams → after them and once more the pages:")
     print(f"  descriptors {before[1]} → {after[1]}, threads {before[2]} → {after[2]}")
     print(f"  memory {before[0] / 1e6:.0f} → {after[0] / 1e6:.0f} MB")
 
 
-async def _read(client: httpx2.AsyncClient, job: int, seconds: float) -> list[float]:
-    """Milliseconds of each request that one reader makes in that time, one after another."""
-    took, until = [], time.perf_counter() + seconds
-    while (begun := time.perf_counter()) < until:
-        answer = await client.get(ASKED[len(took) % len(ASKED)].format(job=job))
+async def _open_pages(client: httpx2.AsyncClient, jobs: list[int]) -> list[float]:
+    pages = [_open_page(client, jobs[n % 2], SECONDS) for n in range(PAGES)]
+    return [took for page in await asyncio.gather(*pages) for took in page]
+
+
+async def _open_page(client: httpx2.AsyncClient, job: int, seconds: float) -> list[float]:
+    """Milliseconds of each request that one page makes in that time."""
+    took: list[float] = []
+    news = asyncio.Condition()
+    mean = 0.0
+
+    async def ask(address: str) -> httpx2.Response:
+        nonlocal mean
+        begun = time.perf_counter()
+        answer = await client.get(address)
         answer.raise_for_status()
         took.append(1000 * (time.perf_counter() - begun))
+        mean += (took[-1] - mean) / 12
+        return answer
+
+    async def hear() -> None:
+        async with client.stream("GET", "/api/events?cursor=now") as answer:
+            async for line in answer.aiter_lines():
+                if line.startswith("data") and f'"id":{job},' in line.replace(" ", ""):
+                    async with news:
+                        news.notify_all()
+
+    async def keep(address: str, pace: float) -> None:
+        newest = None
+        while True:
+            begun = time.perf_counter()
+            since = f"&from={newest + 1}" if newest is not None and "?" in address else ""
+            answer = await ask(address + since)
+            if "?" in address:
+                found = json.loads(answer.content.partition(b"\n")[0])
+                ends = (
+                    [s["steps"] for s in found.values()]
+                    if "steps" not in found
+                    else [found["steps"]]
+                )
+                newest = max([newest or 0, *(steps[-1] for steps in ends if steps)])
+            await asyncio.sleep(begun + max(pace, PATIENCE * mean / 1000) - time.perf_counter())
+            async with news:
+                await news.wait()
+
+    await ask(f"/jobs/{job}")
+    tasks = [asyncio.create_task(hear())]
+    tasks += [asyncio.create_task(keep(part.format(job=job), pace)) for part, pace in PARTS.items()]
+    done, _ = await asyncio.wait(tasks, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+    for task in tasks:
+        task.cancel()
+    await asyncio.wait(tasks)
+    for task in done:
+        task.result()  # raises what went wrong
     return took
-
-
-async def _together(acts: list[Callable[[], Awaitable[list[float]]]]) -> list[float]:
-    return [value for values in await asyncio.gather(*(act() for act in acts)) for value in values]
 
 
 async def _hold_stream(client: httpx2.AsyncClient, job: int, ready: asyncio.Barrier) -> None:
@@ -153,9 +204,12 @@ def _footprint(server: psutil.Process) -> tuple[int, int, int]:
     return server.memory_info().rss, server.num_fds(), server.num_threads()
 
 
-def _words(took: list[float]) -> str:
-    cut: list[Any] = statistics.quantiles(took, n=100)
-    return f"{len(took)} requests, median {statistics.median(took):.0f} ms, p95 {cut[94]:.0f} ms"
+def _words(took: list[float], seconds: float) -> str:
+    cut = statistics.quantiles(took, n=100)
+    return (
+        f"{len(took) / seconds:.0f} requests a second, median {statistics.median(took):.0f} ms, "
+        f"p95 {cut[94]:.0f} ms"
+    )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The predicted step time beside the measured one: eight models, five freeze sets each.
+"""Step times and saved bytes, predicted and measured: eight models, five freeze sets each.
 
 Run alone: python -m benchmarks.predict [NAME …]. Each model is calibrated as a worker does it, then
 really trained for some steps under each set. It takes minutes.
@@ -23,10 +23,11 @@ from app.freezing.graph import ModelGraph
 from app.freezing.timing import read_timing
 from app.freezing.trace import call_model, scalar_loss, trace_model
 from app.sources.demo.networks import build_network
+from tests.zoo.observe import observe
 
 Clock = Callable[[], float]
 BATCH, TRACED = 32, 2
-STEPS = 15
+STEPS, ROUNDS = 12, 3
 
 
 class Recurrent(nn.Module):
@@ -128,45 +129,69 @@ def freeze_sets(graph: ModelGraph) -> Iterator[tuple[str, list[bool]]]:
 
 
 def measure_ms(
-    model: nn.Module, example: Any, graph: ModelGraph, trains: list[bool], clock: Clock
-) -> float:
-    """Median of some real steps."""
+    model: nn.Module, example: Any, graph: ModelGraph, sets: list[list[bool]], clock: Clock
+) -> list[float]:
+    """For each set the median of some real steps; the sets take turns."""
     named = dict(model.named_parameters())
-    for parameter, flag in zip(graph.parameters, trains, strict=True):
-        named[parameter.name].grad = None
-        named[parameter.name].requires_grad_(flag)
-    trainable = [p for p in named.values() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trainable, lr=1e-4)
-    taken = []
+    taken: list[list[float]] = [[] for _ in sets]
+    turns = []
+    for trains in sets:
+        trainable = [
+            named[p.name] for p, flag in zip(graph.parameters, trains, strict=True) if flag
+        ]
+        turns.append((trainable, torch.optim.AdamW(trainable, lr=1e-4)))
     for _ in range(STEPS + 2):
-        started = clock()
-        scalar_loss(call_model(model, example), example, None).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        taken.append((clock() - started) * 1e3)
-    return statistics.median(taken[2:])
+        for (trainable, optimizer), times in zip(turns, taken, strict=True):
+            model.requires_grad_(False)
+            for parameter in trainable:
+                parameter.requires_grad_(True)
+            started = clock()
+            scalar_loss(call_model(model, example), example, None).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            times.append((clock() - started) * 1e3)
+    return [statistics.median(times[2:]) for times in taken]
 
 
-def compare_model(name: str, seconds: float, clock: Clock) -> list[float]:
-    """Relative errors, one for each freeze set; a line for each is printed."""
+def _names(graph: ModelGraph, trains: list[bool]) -> set[str]:
+    return {p.name for p, flag in zip(graph.parameters, trains, strict=True) if flag}
+
+
+def compare_model(name: str, seconds: float, clock: Clock) -> list[tuple[float, float]]:
+    """Relative errors of time and of saved bytes for each freeze set; each is printed.
+
+    Calibrations and measurements take turns, because a shared machine is not equally quick all the
+    time; the medians of both are compared.
+    """
     torch.manual_seed(0)
     build, make_example = MODELS[name]
     model = build().train()
     graph = trace_model(model, make_example(TRACED))
-    started = time.perf_counter()
-    document = calibrate_model(model, make_example(TRACED), graph, seconds=seconds, clock=clock)
-    took = time.perf_counter() - started
-    timing = read_timing(document, graph)
-    assert timing is not None
+    labels, sets = zip(*freeze_sets(graph), strict=True)
+    predicted, measured = [], []
+    for _ in range(ROUNDS):
+        document = calibrate_model(model, make_example(TRACED), graph, seconds=seconds, clock=clock)
+        timing = read_timing(document, graph)
+        assert timing is not None
+        predicted.append(
+            [
+                timing.predict_ms(graph, graph.walk.nearest(trains), trains, "adamw", BATCH)
+                for trains in sets
+            ]
+        )
+        measured.append(measure_ms(model, make_example(BATCH), graph, list(sets), clock))
+    kept, foretold = [], []
+    for trains in sets:
+        kept.append(observe(model, make_example(BATCH), _names(graph, trains)).saved_bytes)
+        saved = graph.walk.sum_live(graph.walk.saved_bytes, graph.walk.nearest(trains))
+        foretold.append(saved * BATCH / TRACED)
     errors = []
-    for label, trains in freeze_sets(graph):
-        near = graph.walk.nearest(trains)
-        predicted = timing.predict_ms(graph, near, trains, "adamw", BATCH)
-        measured = measure_ms(model, make_example(BATCH), graph, trains, clock)
-        errors.append(abs(predicted / measured - 1))
+    middles = [map(statistics.median, zip(*r, strict=True)) for r in (predicted, measured)]
+    for label, ours, real, *pair in zip(labels, foretold, kept, *middles, strict=True):
+        errors.append((abs(pair[0] / pair[1] - 1), abs(ours / real - 1)))
         print(
-            f"{name:8} {label:7} predicted {predicted:7.2f} ms  measured {measured:7.2f} ms"
-            f"  {predicted / measured - 1:+6.1%}   (calibrated in {took:.1f} s)",
+            f"{name:8} {label:7} predicted {pair[0]:7.2f} ms  measured {pair[1]:7.2f} ms"
+            f"  {pair[0] / pair[1] - 1:+6.1%}   saved {real / 1e6:6.2f} MB {ours / real - 1:+6.1%}",
             flush=True,
         )
     return errors
@@ -174,18 +199,19 @@ def compare_model(name: str, seconds: float, clock: Clock) -> list[float]:
 
 def main(names: list[str], seconds: float, clock: Clock) -> None:
     warnings.simplefilter("ignore")
-    errors = sorted(e for name in names or MODELS for e in compare_model(name, seconds, clock))
-    worst = errors[min(len(errors) - 1, int(len(errors) * 0.9))]
-    print(
-        f"{len(errors)} predictions: {statistics.median(errors):.1%} off at the median, "
-        f"{worst:.1%} at the 90th percentile"
-    )
+    pairs = [pair for name in names or MODELS for pair in compare_model(name, seconds, clock)]
+    for what, errors in zip(("step times", "saved bytes"), zip(*pairs, strict=True), strict=True):
+        worst = sorted(errors)[min(len(errors) - 1, int(len(errors) * 0.9))]
+        print(
+            f"{len(errors)} {what}: {statistics.median(errors):.1%} off at the median, "
+            f"{worst:.1%} at the 90th percentile, {max(errors):.1%} at most"
+        )
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("names", nargs="*", help=f"only these of {', '.join(MODELS)}")
-    parser.add_argument("--seconds", type=float, default=10.0, help="for each calibration")
+    parser.add_argument("--seconds", type=float, default=6.0, help="for each calibration")
     parser.add_argument(
         "--cpu-time", action="store_true", help="one thread, its CPU time: for a busy machine"
     )

@@ -3,6 +3,18 @@
 const LIVE = ["queued", "starting", "running", "paused", "stopping"];
 const WISH = "frostline-notify";
 
+// How long answers take, in milliseconds: a mean that follows the last dozen. Where they take long, pages ask
+// less often, so that a server with many readers beside its jobs keeps answering each of them soon.
+const PATIENCE = 20;
+let answerMs = 0;
+function watchAnswers() {
+  new PerformanceObserver((list) => {
+    for (const entry of list.getEntries()) {
+      if (["fetch", "xmlhttprequest"].includes(entry.initiatorType)) answerMs += (entry.duration - answerMs) / 12;
+    }
+  }).observe({ type: "resource" });
+}
+
 // At most one signal of a name per interval, the last one never lost; none while the page is hidden.
 function throttled(name, interval) {
   let timer = 0;
@@ -14,7 +26,7 @@ function throttled(name, interval) {
     document.body.dispatchEvent(new Event(name));
   };
   return () => {
-    if (!timer) timer = setTimeout(send, Math.max(0, sentAt + interval - performance.now()));
+    if (!timer) timer = setTimeout(send, Math.max(0, sentAt + Math.max(interval, PATIENCE * answerMs) - performance.now()));
   };
 }
 
@@ -133,6 +145,7 @@ function listSignals() {
 }
 
 export function startLive() {
+  watchAnswers();
   const root = document.body.dataset.root;
   for (const button of document.querySelectorAll("[data-notify]")) startWish(button);
   if (!document.getElementById("connection")) return;

@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import replace
 
-from app.freezing.config import FreezeConfig, Rule, expand_rules
+from app.freezing.config import FreezeConfig, Group, Rule, expand_rules
 from app.freezing.errors import InvalidDocument
 from app.freezing.graph import ModelGraph
 
@@ -187,7 +187,11 @@ PRESETS: tuple[tuple[str, str], ...] = (
     ("norms-only", "Train norm layers only"),
     ("biases-only", "Train biases only"),
     ("all-but-norms", "Train all but norm layers"),
+    ("layer-decay", "Lower learning rates with depth (layer-wise decay)"),
 )
+BLOCK_PRESETS = frozenset({"last-blocks", "first-blocks", "one-block", "layer-decay"})
+# The rate of each block is that of the block above it times this; 0.65 to 0.95 are customary.
+LAYER_DECAY = 0.8
 
 
 def preset_config(name: str, graph: ModelGraph, count: int | None = None) -> FreezeConfig:
@@ -216,13 +220,15 @@ def preset_config(name: str, graph: ModelGraph, count: int | None = None) -> Fre
     def below(*paths: str) -> Callable[[str], bool]:
         return lambda n: any(n.startswith(f"{path}.") or n == path for path in paths)
 
-    if name in ("last-blocks", "first-blocks", "one-block"):
+    if name in BLOCK_PRESETS:
         if not blocks:
             raise InvalidDocument([("preset", "This model has no repeated blocks to count.")])
         number = count if count is not None else (0 if name == "one-block" else 1)
         limit = len(blocks) - 1 if name == "one-block" else len(blocks)
         if not 0 <= number <= limit:
             raise InvalidDocument([("count", f"The count is {number}; it may be 0 to {limit}.")])
+    if name == "layer-decay":
+        return FreezeConfig(name=labels[name], groups=_decaying_groups(graph, blocks))
     norms = tuple(m.path for m in graph.modules if "Norm" in m.type)
     if name == "nothing":
         train(lambda _: True)
@@ -247,6 +253,22 @@ def preset_config(name: str, graph: ModelGraph, count: int | None = None) -> Fre
         what = labels[name].removeprefix("Train ").removesuffix(" only")
         raise InvalidDocument([("preset", f"This model has nothing to train of it: {what}.")])
     return FreezeConfig(name=labels[name], rules=_fewest_rules(state, graph))
+
+
+def _decaying_groups(graph: ModelGraph, blocks: Sequence[str]) -> tuple[Group, ...]:
+    """Full rates after the blocks, lower ones from block to block, the lowest before them."""
+    names = list(graph.canonical_names)
+    first = next(i for i, name in enumerate(names) if name.startswith(f"{blocks[0]}."))
+    before = {graph.canonical_names[name] for name in names[:first]}
+    # The rules for "all before the first block" are the matches for its group; later ones win in
+    # both, so that one which unfreezes gives the full rate back.
+    cover = shortest_rules({p.name: p.name in before for p in graph.parameters}, graph)
+    least = round(LAYER_DECAY ** (len(blocks) + 1), 6)
+    stem = tuple(Group(rule.match, rule.type, least if rule.freezes else 1.0) for rule in cover)
+    return stem + tuple(
+        Group(f"{path}.**", None, round(LAYER_DECAY ** (len(blocks) - index), 6))
+        for index, path in enumerate(blocks)
+    )
 
 
 def _fewest_rules(state: Mapping[str, bool], graph: ModelGraph) -> tuple[Rule, ...]:

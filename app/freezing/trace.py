@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.nn.parameter import is_lazy
@@ -361,6 +361,7 @@ class _Recorder(TorchDispatchMode):
         self.newest = _sequence_number() - 1
         self.forward_flops = 0
         self.saving: set[int] = set()  # nodes that save under our hook: a checkpoint's do not
+        self.workspaces: dict[int, int] = {}  # bytes that a node saves and fake tensors do not show
         self.constants = {id(b): b for b in model.buffers()}
         self.derived: dict[int, Any] = {id(p): p for p in model.parameters()}
         self.from_parameters: dict[int, bool] = {}
@@ -385,6 +386,8 @@ class _Recorder(TorchDispatchMode):
             counted = self.flops if made_node else self.inner_flops
             counted[number] = counted.get(number, 0) + flops
         read = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+        if func is _RECURRENT and isinstance(result[-1], FakeTensor):
+            self.workspaces[number] = _workspace_bytes(func, args)
         derived = any(id(t) in self.derived for t in read) and all(
             id(t) in self.derived or id(t) in self.constants for t in read
         )
@@ -433,7 +436,9 @@ def _read_nodes(
                 else (),
                 node_flops=whole,
                 from_parameters=recorder.from_parameters.get(number, False),
-                saved=_read_saved(grad_fn, kind, resting, storages)
+                saved=_read_saved(
+                    grad_fn, kind, resting, storages, recorder.workspaces.get(number, 0)
+                )
                 if number in recorder.saving
                 else (),
                 gradient_bytes=sum(map(_result_bytes, grad_fn._input_metadata)),
@@ -504,14 +509,31 @@ def _storage_key(tensor: torch.Tensor) -> int:
     return tensor.untyped_storage()._cdata
 
 
+# Numbers by channel, some of them buffers: of no weight beside what grows with the batch.
+_CHANNEL_STATISTICS = frozenset({"result1", "result2", "running_mean", "running_var"})
+_RECURRENT = torch.ops.aten.mkldnn_rnn_layer.default  # a recurrent layer on a CPU
+
+
+def _workspace_bytes(func: Any, args: Any) -> int:
+    """What a recurrent layer keeps beside its results: asked of the real operation, with zeros."""
+    with unset_fake_temporarily():
+        real = tree_map_only(torch.Tensor, lambda t: torch.zeros(t.shape, dtype=t.dtype), args)
+        workspace: torch.Tensor | None = func(*real)[-1]
+    return 0 if workspace is None else workspace.nbytes
+
+
 def _read_saved(
-    grad_fn: Any, kind: str, resting: set[int], storages: dict[int, int]
+    grad_fn: Any, kind: str, resting: set[int], storages: dict[int, int], workspace: int
 ) -> tuple[tuple[int, int, tuple[int, ...]], ...]:
     """What a node keeps for backward, parameters and buffers left out: (storage, bytes, edges)."""
     wanted_for = _SAVED_FOR.get(kind, {})
     kept: list[tuple[int, int, tuple[int, ...]]] = []
+    if workspace:
+        kept.append((storages.setdefault(-grad_fn._sequence_nr(), len(storages)), workspace, ()))
     for name, tensor in _saved_tensors(grad_fn):
         key = _storage_key(tensor)
+        if "BatchNorm" in kind and name in _CHANNEL_STATISTICS:
+            continue
         if key not in resting:
             storage = storages.setdefault(key, len(storages))
             kept.append((storage, tensor.untyped_storage().nbytes(), wanted_for.get(name, ())))

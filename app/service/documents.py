@@ -200,6 +200,7 @@ def attempt_document(attempt: Attempt) -> Document:
         "number": attempt.number,
         "device": attempt.device,
         "resume_step": attempt.resume_step,
+        "resumed": attempt.resumed,
         "outcome": attempt.outcome,
         "error": None
         if attempt.reason is None

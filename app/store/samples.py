@@ -51,6 +51,7 @@ def ingest(
         match record.kind:
             case "start":
                 progress |= _begin(session, job.id, payload)
+                attempt.resumed = payload.get("resumed")
             case "metrics":
                 step = payload["step"]
                 metrics += [

@@ -146,6 +146,8 @@ class Attempt(SQLModel, table=True):
         sequence: number of the last record that is in the database, 0 before the first.
         edits: live changes of what is frozen, each with the number of its wish, its rules and the
             first step that it holds for, None until the worker said so.
+        resumed: which tensors ``kept`` their optimizer state, started ``fresh`` and were
+            ``dropped`` when it went on from a checkpoint, by name; None where it did not.
         peak_bytes, peak_device_bytes: the most memory that its processes were seen to take, on
             the host and on the device; None where nobody could tell.
     """
@@ -162,6 +164,7 @@ class Attempt(SQLModel, table=True):
     edits: list[dict[str, Any]] = Field(
         default_factory=list, sa_column=Column(JSON, nullable=False)
     )
+    resumed: dict[str, Any] | None = Field(default=None, sa_column=Column(JSON(none_as_null=True)))
     started_at: str = Field(default_factory=utc_now)
     ended_at: str | None = None
     outcome: str | None = None

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from functools import partial
+from time import monotonic
 from typing import Annotated
 
 from fastapi import APIRouter, Depends, FastAPI, Header, Query, Request
-from fastapi.sse import EventSourceResponse, ServerSentEvent
-from starlette.concurrency import run_in_threadpool
+from fastapi.sse import KEEPALIVE_COMMENT, format_sse_event
+from starlette.responses import StreamingResponse
+from starlette.types import Receive, Scope, Send
 
 from app.service import NotFound, Service
 from app.web.api.body import Id, Verbs
 from app.web.errors import to_json
 from app.web.guard import signed_in
+from app.web.shared import Shared
 
 # What happens within this time arrives as one batch: a job of 1,000 steps a second does not make
 # 1,000 reads a second for each page that is open.
@@ -22,6 +26,8 @@ PACE_S = 0.2
 CROWD = 40
 # How soon an idle stream notices that the server is closing.
 LOOK_S = 1.0
+# What stands between ends a connection that is silent for long; a comment keeps it.
+SILENCE_S = 15.0
 
 router = APIRouter(tags=["events"], dependencies=[Depends(signed_in)])
 
@@ -48,90 +54,81 @@ def find_job(service: Verbs, job_id: Id) -> int:
 Start = Annotated[str | None, Depends(find_start)]
 
 
-@router.get("/events", response_class=EventSourceResponse, dependencies=[Depends(has_room)])
-async def follow_all(
-    request: Request, service: Verbs, start: Start
-) -> AsyncIterator[ServerSentEvent]:
-    """`state` events of all jobs."""
-    async for event in follow(request.app, service, None, start):
-        yield event
+class EventStream(StreamingResponse):
+    """A stream that is counted while it is open.
+
+    Not FastAPI's EventSourceResponse, whose sender raises in the server where a client leaves while
+    something is being sent.
+    """
+
+    media_type = "text/event-stream"
+
+    def __init__(self, app: FastAPI, events: AsyncIterator[bytes]) -> None:
+        # No proxy shall keep back what it is to pass on.
+        super().__init__(events, headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
+        self._open_streams = app.state.open_streams
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        with self._open_streams.one_more():
+            await super().__call__(scope, receive, send)
 
 
 @router.get(
-    "/jobs/{job_id}/events", response_class=EventSourceResponse, dependencies=[Depends(has_room)]
+    "/events", response_class=EventStream, status_code=200, dependencies=[Depends(has_room)]
+)
+async def follow_all(request: Request, service: Verbs, start: Start) -> EventStream:
+    """`state` events of all jobs."""
+    return EventStream(request.app, follow(request.app, service, None, start))
+
+
+@router.get(
+    "/jobs/{job_id}/events",
+    response_class=EventStream,
+    status_code=200,
+    dependencies=[Depends(has_room)],
 )
 async def follow_job(
     request: Request, service: Verbs, job_id: Annotated[int, Depends(find_job)], start: Start
-) -> AsyncIterator[ServerSentEvent]:
+) -> EventStream:
     """`state`, `metrics`, `layers`, `proof` and `log` events of one job, then `end`."""
-    async for event in follow(request.app, service, job_id, start):
-        yield event
+    return EventStream(request.app, follow(request.app, service, job_id, start))
 
 
 async def follow(
     app: FastAPI, service: Service, job_id: int | None, cursor: str | None
-) -> AsyncIterator[ServerSentEvent]:
+) -> AsyncIterator[bytes]:
     """News until the job has ended or the server closes, each event with the id behind it."""
-    with app.state.open_streams.one_more():
-        async for event in _follow(app, service, job_id, cursor):
-            yield event
-
-
-async def _follow(
-    app: FastAPI, service: Service, job_id: int | None, cursor: str | None
-) -> AsyncIterator[ServerSentEvent]:
-    shared: SharedNews = app.state.shared_news
+    shared: Shared = app.state.shared
+    spoke = monotonic()
     while not is_closing(app):
+        seen = service.version  # before the news: what comes in between is not missed
+        key, read = (seen, job_id, cursor), partial(_read, service, job_id, cursor)
         try:
-            seen, news, cursor, finished = await shared.read(service, job_id, cursor)
+            news, cursor, finished = await shared.get(key, read)
         except NotFound:  # deleted meanwhile: there will be no more
             news, finished = [], True
         for event, text, behind in news:
-            yield ServerSentEvent(event=event, raw_data=text, id=behind)
+            yield format_sse_event(event=event, data_str=text, id=behind)
+            spoke = monotonic()
         if finished:
-            yield ServerSentEvent(event="end", raw_data="{}", id=cursor)
+            yield format_sse_event(event="end", data_str="{}", id=cursor)
             return
         if not news:  # else it was a portion: there may be more already
             while not is_closing(app) and await service.wait_for_change(seen, LOOK_S) == seen:
-                pass
-        # Up to a common beat, so that streams of one job come to stand side by side; and a reading
-        # that is still shared, though newer things have happened, is not asked for in a circle.
+                if monotonic() - spoke > SILENCE_S:
+                    yield KEEPALIVE_COMMENT
+                    spoke = monotonic()
+        # Up to a common beat, so that streams of one job come to stand side by side.
         pace = PACE_S * (1 + app.state.open_streams.count // CROWD)
         await asyncio.sleep(pace - asyncio.get_running_loop().time() % pace)
 
 
-# What a reading of news gives: the version it was made at, events with their data as text, the
-# cursor behind them, and whether the job has ended and all is told.
-Reading = tuple[int, list[tuple[str, str, str]], str, bool]
-
-
-class SharedNews:
-    """Readings by job and cursor, for a moment: two hundred streams of a job ask as one does."""
-
-    def __init__(self) -> None:
-        self._readings: dict[tuple[int | None, str | None], asyncio.Task[Reading]] = {}
-
-    async def read(self, service: Service, job_id: int | None, cursor: str | None) -> Reading:
-        """What is new since the cursor, at most `PACE_S` old.
-
-        Raises:
-            NotFound: the job is gone.
-        """
-        key = job_id, cursor
-        if key not in self._readings:
-            task = asyncio.create_task(self._read(service, job_id, cursor))
-            self._readings[key] = task
-            loop = asyncio.get_running_loop()
-            task.add_done_callback(lambda _: loop.call_later(PACE_S, self._readings.pop, key, None))
-        # Shielded: a stream that is closed takes the reading from nobody else.
-        return await asyncio.shield(self._readings[key])
-
-    @staticmethod
-    async def _read(service: Service, job_id: int | None, cursor: str | None) -> Reading:
-        seen = service.version  # before the news: what comes in between is not missed
-        news, behind, finished = await run_in_threadpool(service.news, job_id, cursor)
-        told = [(event, to_json(data), after) for event, data, after in news]
-        return seen, told, behind, finished
+def _read(
+    service: Service, job_id: int | None, cursor: str | None
+) -> tuple[list[tuple[str, str, str | None]], str, bool]:
+    """Events, data as text; the cursor behind them; whether the job has ended and all is told."""
+    news, behind, finished = service.news(job_id, cursor)
+    return [(event, to_json(data), after) for event, data, after in news], behind, finished
 
 
 def close_streams(app: FastAPI) -> None:

@@ -121,10 +121,7 @@ class Preset:
     label: str
     limit: int | None = None
     is_index: bool = False
-
-    @property
-    def is_possible(self) -> bool:
-        return self.limit is None or self.limit > 0
+    is_possible: bool = True
 
 
 @dataclass(frozen=True, slots=True)

@@ -156,7 +156,7 @@ def serving(data_dir: Path, **variables: str) -> Iterator[Script]:
         script = Script(http, process)
         until(lambda: script.get("/health")["workers"])
         yield script
-        assert process.poll() is None, f"The server has ended: {output.read_text()}"
+        assert process.poll() in (None, 0), f"The server has ended: {output.read_text()}"
 
 
 def _find_address(process: subprocess.Popen[bytes], output: Path) -> str:

@@ -223,6 +223,19 @@ def test_a_long_job_is_paused_resumed_stopped_and_deleted(
     wait_for_state(api, job_id, "stopped")
     ask(api, "POST", f"{path}/stop", 202)
     assert ask(api, "GET", f"{path}/checkpoints", 200)
+    other = {"config": {"rules": [{"action": "freeze", "match": "{layer1,layer3}"}]}}
+    ask(api, "POST", f"{path}/resume", 202, other)
+    wait_for_state(api, job_id, "running")
+    first, second = ask(api, "GET", f"{path}/attempts", 200)
+    assert first["resumed"] is None
+    told = {key: set(second["resumed"][key]) for key in ("kept", "fresh", "dropped")}
+    assert told == {
+        "kept": set(),
+        "fresh": {"layer2.weight", "layer2.bias"},
+        "dropped": {"layer3.weight", "layer3.bias"},
+    }
+    ask(api, "POST", f"{path}/stop", 202)
+    wait_for_state(api, job_id, "stopped")
     assert ask(api, "PATCH", path, 200, {"name": "endless", "notes": "n"})["name"] == "endless"
     ask(api, "DELETE", path, 204)
     ask(api, "GET", path, 404)

@@ -2,6 +2,7 @@
 
 import json
 import stat
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -97,7 +98,8 @@ def test_changes_are_written_down_without_secrets(client: TestClient, tmp_path: 
 def test_asking_for_a_plan_is_no_change(client: TestClient, tmp_path: Path) -> None:
     model = client.post("/api/models", json={"uri": "demo:three-layers"}, headers=BEARER).json()
     path = f"/api/models/{model['id']}"
+    pause = threading.Event()
     while client.get(path, headers=BEARER).json()["state"] == "inspecting":
-        pass
+        pause.wait(0.05)
     assert client.post(f"{path}/plan", json={}, headers=BEARER).status_code == 200
     assert "/plan" not in (tmp_path / "audit.log").read_text()

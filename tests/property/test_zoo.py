@@ -30,6 +30,11 @@ OTHER_FLOPS = {
     # attention, where it is frozen the fused kernel, whose backward multiplies five times to four.
     "swin",
 }
+# Where what forward keeps differs by more than 5 %, and by how much at most. Mixtral's experts get
+# more or fewer tokens by chance; swin's attention keeps other tensors in a fused kernel. Of the
+# mobile net one set of fifty keeps a map more than the plan says. A checkpointed block keeps for
+# itself, so that hooks see nothing of it.
+OTHER_SAVED = {"mixtral": 0.3, "swin": 0.2, "mobilenet-v2": 0.15}
 # Layers whose only operation outside their own call is one that a fused kernel swallows: where the
 # bias of swin's attention is frozen, one kernel reads it together with the values, and backward
 # runs through that kernel even where only the values train. Traced with everything trainable the
@@ -103,6 +108,8 @@ def test_flow_states_and_flops_are_those_of_a_real_backward(name: str) -> None:
             if {graph.canonical_names[n] for n in layer.parameters} & seen.reached
         }
         assert plan.cost["forward_flops"] == seen.forward_flops
+        saved = pytest.approx(seen.saved_bytes, rel=OTHER_SAVED.get(name, 0.05), abs=512)
+        assert name == "checkpointed" or plan.cost["activation_bytes"] == saved
         if name not in OTHER_FLOPS:
             assert plan.cost["backward_flops"] == seen.backward_flops
         else:

@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 from torch import nn
 
+from app.freezing.apply import apply_config
 from app.freezing.config import (
     FreezeConfig,
     Rule,
@@ -212,6 +213,33 @@ def test_presets_are_said_in_the_fewest_rules() -> None:
         assert [(r.action, r.match or r.type) for r in config.rules] == rules_
     biases = split_names(preset_config("biases-only", graph), graph)[1]
     assert biases == tuple(p.name for p in graph.parameters if p.name.endswith("bias"))
+
+
+def test_rates_fall_from_block_to_block_and_are_lowest_before_them() -> None:
+    class Tall(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embedding = nn.Embedding(5, 4)
+            self.blocks = nn.ModuleList(nn.Linear(4, 4) for _ in range(3))
+            self.norm, self.head = nn.LayerNorm(4), nn.Linear(4, 2)
+
+    model = Tall()
+    config = preset_config("layer-decay", read_model(model))
+    assert config.rules == ()
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    rates = {
+        names[id(parameter)].removesuffix(".weight"): group["lr_scale"]
+        for group in apply_config(model, config).parameter_groups(0.0)
+        for parameter in group["params"]
+        if names[id(parameter)].endswith("weight")
+    }
+    assert rates == pytest.approx(
+        {"embedding": 0.8**4, "blocks.0": 0.8**3, "blocks.1": 0.8**2, "blocks.2": 0.8}
+        | {"norm": 1.0, "head": 1.0},
+        rel=1e-5,
+    )
+    with pytest.raises(InvalidDocument, match="no repeated blocks"):
+        preset_config("layer-decay", read_model(nn.Linear(2, 2)))
 
 
 def test_a_preset_that_would_train_nothing_is_refused() -> None:

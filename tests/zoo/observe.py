@@ -70,12 +70,15 @@ class Seen:
     Attributes:
         reached: first names of the parameters that got a gradient.
         visited: paths of the modules one of whose operations backward ran, each module's first.
+        saved_bytes: what forward kept for backward, without parameters, buffers, and statistics of
+            a buffer's shape.
     """
 
     reached: frozenset[str]
     visited: frozenset[str]
     forward_flops: int
     backward_flops: int
+    saved_bytes: int
 
 
 def observe(model: nn.Module, example: Any, trains: set[str], loss: Loss | None = None) -> Seen:
@@ -87,8 +90,8 @@ def observe(model: nn.Module, example: Any, trains: set[str], loss: Loss | None 
     visited: set[str] = set()
     torch.manual_seed(0)
     calls = _Calls(model)
-    forward, backward = _Counter(), _Counter()
-    with forward, calls:
+    forward, backward, kept = _Counter(), _Counter(), _Kept(model)
+    with forward, calls, kept.hooks:
         value = find_loss(call(model, example), example, loss)
     for node, paths in calls.owners(value):
         node.register_prehook(lambda *_, paths=paths: visited.update(paths))
@@ -100,7 +103,25 @@ def observe(model: nn.Module, example: Any, trains: set[str], loss: Loss | None 
         frozenset(visited),
         forward.flops,
         backward.flops,
+        sum(tensor.untyped_storage().nbytes() for tensor in kept.tensors.values()),
     )
+
+
+class _Kept:
+    """Which tensors forward saves, one of each storage; they are held, so that none is reused."""
+
+    def __init__(self, model: nn.Module) -> None:
+        resting = [*model.parameters(), *model.buffers()]
+        self.resting = {tensor.untyped_storage().data_ptr() for tensor in resting}
+        self.shapes = {buffer.shape for buffer in model.buffers() if buffer.dim() == 1}
+        self.tensors: dict[int, torch.Tensor] = {}
+        self.hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, lambda tensor: tensor)
+
+    def _pack(self, tensor: torch.Tensor) -> torch.Tensor:
+        place = tensor.untyped_storage().data_ptr()
+        if place not in self.resting and tensor.shape not in self.shapes:
+            self.tensors[place] = tensor
+        return tensor
 
 
 class _Counter(TorchDispatchMode):

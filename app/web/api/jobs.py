@@ -3,7 +3,7 @@
 import asyncio
 from typing import Annotated, Literal
 
-from fastapi import APIRouter, Depends, Query
+from fastapi import APIRouter, Depends, Query, Request
 from starlette.concurrency import run_in_threadpool
 from starlette.responses import FileResponse, PlainTextResponse, Response, StreamingResponse
 
@@ -26,6 +26,7 @@ from app.web.api.configs import attachment
 from app.web.api.models import RULES
 from app.web.errors import to_json
 from app.web.guard import signed_in
+from app.web.shared import answer_together
 
 router = APIRouter(prefix="/jobs", tags=["jobs"], dependencies=[Depends(signed_in)])
 
@@ -132,20 +133,24 @@ def read_freeze(service: Verbs, job_id: Id) -> Answer:
 
 
 @router.get("/{job_id}/metrics")
-def read_metrics(
+async def read_metrics(
+    request: Request,
     service: Verbs,
     job_id: Id,
     name: str | None = None,
     points: Points = None,
     from_: From = None,
     to: To = None,
-) -> Answer:
+) -> Response:
     """The job's series, all or one, in at most `points` buckets."""
-    return Answer(service.read_metrics(job_id, name, points, from_, to))
+    return await answer_together(
+        request, lambda: Answer(service.read_metrics(job_id, name, points, from_, to))
+    )
 
 
 @router.get("/{job_id}/layers", responses=gives("application/json", "application/octet-stream"))
-def read_layers(
+async def read_layers(
+    request: Request,
     service: Verbs,
     job_id: Id,
     stat: Stat = "grad_norm",
@@ -161,12 +166,16 @@ def read_layers(
     As float32: one line of JSON without the values, then the rows of the matrix as little-endian
     numbers; NaN where there is no value, and -1 where it was not a number.
     """
-    found = service.read_layers(job_id, stat, points, from_, to, match, reduce)
-    if as_ == "json":
-        return Answer(found)
-    rows = found.pop("values")
-    head = to_json(found).encode() + b"\n"
-    return Response(head + pack_rows(rows), media_type="application/octet-stream")
+
+    def make() -> Response:
+        found = service.read_layers(job_id, stat, points, from_, to, match, reduce)
+        if as_ == "json":
+            return Answer(found)
+        rows = found.pop("values")
+        head = to_json(found).encode() + b"\n"
+        return Response(head + pack_rows(rows), media_type="application/octet-stream")
+
+    return await answer_together(request, make)
 
 
 @router.get("/{job_id}/proof")

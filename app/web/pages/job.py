@@ -29,6 +29,7 @@ from app.web.render import (
     render_page,
     shell,
 )
+from app.web.shared import answer_together
 
 router = APIRouter(prefix="/jobs", dependencies=[Depends(signed_in)], include_in_schema=False)
 
@@ -43,9 +44,13 @@ def show_job(request: Request, job_id: int, open: str = Query("", max_length=20_
 
 
 @router.get("/{job_id}/status")
-def show_status(request: Request, job_id: int) -> Response:
+async def show_status(request: Request, job_id: int) -> Response:
     """The header alone: asked for twice a second while a job runs, so it reads one row only."""
-    return render_block(request, "job.html", "status", _status_view(request, job_id))
+
+    def make() -> Response:
+        return render_block(request, "job.html", "status", _status_view(request, job_id))
+
+    return await answer_together(request, make)
 
 
 @router.get("/{job_id}/side")

@@ -19,6 +19,7 @@ from app.web.pages.entries import (
     Document,
     Entry,
     Items,
+    entries_of,
     find_faults,
     part_of,
     read_entries,
@@ -174,7 +175,11 @@ def act(choice: Choice, graph: ModelGraph, items: Items) -> Choice:
     if "preset" in values:
         count = values.get(f"count.{values['preset']}", "").strip()
         number = int(count) if _is_index(count) else None
-        return choice.with_rules(preset_config(values["preset"], graph, number).rules)
+        preset = preset_config(values["preset"], graph, number)
+        if not preset.groups:
+            return choice.with_rules(preset.rules)
+        # It is about rates alone: what is frozen stays as it is.
+        return replace(choice, groups=entries_of("group", config_document(preset)))
     if "remove" in values:
         kind, index = _read_place(choice, values["remove"])
         return _with_entries(choice, kind, _without(choice.entries[kind], index))

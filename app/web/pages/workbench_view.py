@@ -11,7 +11,7 @@ from app.freezing.assume import OPTIMIZER_STATE, PRECISIONS
 from app.freezing.config import match_names, parse_config
 from app.freezing.errors import InvalidDocument
 from app.freezing.graph import ModelGraph
-from app.freezing.presets import PRESETS
+from app.freezing.presets import BLOCK_PRESETS, PRESETS
 from app.web.pages import tree
 from app.web.pages.entries import Document, part_of
 from app.web.pages.training_form import COLUMN, form_fields
@@ -96,7 +96,16 @@ def _field_names(fault: Fault) -> set[str]:
 def list_presets(block_count: int) -> list[Preset]:
     """Every preset, with the number of blocks that it takes, as far as the model has any."""
     limits = {"last-blocks": block_count, "first-blocks": block_count, "one-block": block_count - 1}
-    return [Preset(key, label, limits.get(key), key == "one-block") for key, label in PRESETS]
+    return [
+        Preset(
+            key,
+            label,
+            limits.get(key),
+            key == "one-block",
+            block_count > 0 or key not in BLOCK_PRESETS,
+        )
+        for key, label in PRESETS
+    ]
 
 
 def count_rule(graph: ModelGraph, action: str, text: str) -> MatchesView:
