@@ -6,6 +6,7 @@ from its default configuration is named and not counted.
 """
 
 import argparse
+import inspect
 import logging
 import os
 import statistics
@@ -17,11 +18,10 @@ from typing import Any
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TRANSFORMERS_VERBOSITY"] = "error"
 
-import torch
-
 from app.freezing.config import FreezeConfig, Rule, split_names
 from app.freezing.errors import InvalidDocument
 from app.freezing.trace import trace_model
+from app.sources.hub import build_on_meta
 from app.sources.libraries import load_library
 from app.sources.models import build_model
 from app.sources.spec import ModelSpec
@@ -53,14 +53,20 @@ def has_model(transformers: Any, config: type) -> bool:
 def build_plainly(uri: str) -> Any:
     """The model as its library's own documentation has it built, on the meta device."""
     scheme, _, name = uri.partition(":")
-    with torch.device("meta"):
+
+    def build() -> Any:
         if scheme == "hf":
             transformers = load_library("transformers")
             config = transformers.CONFIG_MAPPING[name]()
             return transformers.AutoModel.from_config(config)
         if scheme == "timm":
             return load_library("timm").create_model(name, pretrained=False)
-        return load_library("torchvision.models").get_model(name, weights=None)
+        models = load_library("torchvision.models")
+        takes = inspect.signature(models.get_model_builder(name)).parameters
+        options = {"weights_backbone": None} if "weights_backbone" in takes else {}
+        return models.get_model(name, weights=None, **options)
+
+    return build_on_meta(build)
 
 
 def try_model(uri: str) -> tuple[str, str, float]:

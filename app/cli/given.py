@@ -49,6 +49,12 @@ ModelArgument = Annotated[
 DatasetArgument = Annotated[
     str, typer.Argument(metavar="DATASET", help="A URI, or a dataset spec as JSON.")
 ]
+EvalSets = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--eval", metavar="NAME=URI", help="A further evaluation set; may be given several times."
+    ),
+]
 JobArgument = Annotated[int, typer.Argument(metavar="JOB", min=1, help="The job's number.")]
 
 
@@ -100,6 +106,22 @@ def read_spec(text: str) -> Document:
     except ValueError as error:
         raise typer.BadParameter(f"{text!r} is not a JSON object: {error}.") from error
     return document
+
+
+def read_dataset(text: str, evals: list[str] | None) -> Document:
+    """A dataset's spec, with the evaluation sets of the options beside its own."""
+    spec = read_spec(text)
+    sets = spec.get("eval") or {}
+    if not evals or not isinstance(sets, dict):  # the server says what is wrong with it
+        return spec
+    for pair in evals:
+        name, _, uri = pair.partition("=")
+        if not (name and uri):
+            raise typer.BadParameter(f"--eval {pair!r} must have the form NAME=URI.")
+        if name in sets:
+            raise typer.BadParameter(f"--eval names the set {name!r} twice.")
+        sets = {**sets, name: uri}
+    return {**spec, "eval": sets}
 
 
 def find_model(server: Server, text: str) -> Document:

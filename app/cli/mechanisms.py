@@ -15,15 +15,23 @@ def run_comparison(server: Server, model_id: int, wanted: Document) -> Document:
     Raises:
         Failure: it could not.
     """
-    path = f"/api/models/{model_id}/compare-mechanisms"
-    task = server.call("POST", path, wanted)
+    task = server.call("POST", f"/api/models/{model_id}/compare-mechanisms", wanted)
+    result: Document = wait_for_task(server, task, "The mechanisms cannot be compared")["result"]
+    return result
+
+
+def wait_for_task(server: Server, task: Document, otherwise: str) -> Document:
+    """The task as it succeeded.
+
+    Raises:
+        Failure: it did not; the words are `otherwise` and the reason.
+    """
     while (task := server.call("GET", f"/api/tasks/{task['id']}"))["state"] in WAITING:
         time.sleep(0.1)  # over HTTP there is nothing to wait on: only jobs have events
     if task["state"] != "succeeded":
-        message = (task["error"] or {}).get("message") or f"the comparison {task['state']}"
-        raise Failure(f"The mechanisms cannot be compared: {message}")
-    result: Document = task["result"]
-    return result
+        message = (task["error"] or {}).get("message") or f"its task {task['state']}"
+        raise Failure(f"{otherwise}: {message}")
+    return task
 
 
 WAITING = ("queued", "running", "stopping")

@@ -19,7 +19,7 @@ from app.cli.given import (
     read_json_file,
     read_spec,
 )
-from app.cli.mechanisms import print_comparison, run_comparison
+from app.cli.mechanisms import print_comparison, run_comparison, wait_for_task
 from app.cli.outline import count, draw_tree, grow_tree, size
 from app.cli.verb import verb
 from app.client import Failure, server_for
@@ -48,7 +48,8 @@ def plan(
         typer.Option("--compare-mechanisms", help="Train a few steps under each mechanism."),
     ] = False,
     dataset: Annotated[
-        str | None, typer.Option(help="For the comparison; else the model's own example.")
+        str | None,
+        typer.Option(help="For the comparison, or for a model that gives no example of its own."),
     ] = None,
     steps: Annotated[int, typer.Option(min=2, max=100, help="Steps of the comparison.")] = 5,
     json_: Json = False,
@@ -80,6 +81,10 @@ def plan(
             else:
                 print_comparison(found)
             return
+        if dataset is not None:
+            look = {"model_id": model_id, "dataset": read_spec(dataset)}
+            task = server.call("POST", "/api/datasets/preview", look)
+            wait_for_task(server, task, "The model cannot be traced on this dataset")
         result = server.call("POST", f"/api/models/{model_id}/plan", {**document, "assume": assume})
         if json_:
             print(json.dumps(result))

@@ -9,11 +9,12 @@ import typer
 from app.cli.given import (
     DatasetArgument,
     Document,
+    EvalSets,
     Json,
     ModelArgument,
     find_model,
+    read_dataset,
     read_json_file,
-    read_spec,
 )
 from app.cli.train import follow_job, is_number
 from app.cli.verb import verb
@@ -37,6 +38,7 @@ def sweep(
     model: ModelArgument,
     dataset: DatasetArgument,
     set_: SetOption,
+    eval_: EvalSets = None,
     name: Annotated[str | None, typer.Option(help="The sweep's name.")] = None,
     json_: Json = False,
     **training: Any,
@@ -44,7 +46,7 @@ def sweep(
     """The same training under several freeze sets, and one table of what came out."""
     request: Document = {
         "sets": [read_set(text) for text in set_],
-        "dataset": read_spec(dataset),
+        "dataset": read_dataset(dataset, eval_),
         "training": {option: value for option, value in training.items() if value is not None},
         **({} if name is None else {"name": name}),
     }

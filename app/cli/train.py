@@ -11,6 +11,7 @@ from app.cli.given import (
     ConfigFile,
     DatasetArgument,
     Document,
+    EvalSets,
     Freeze,
     Json,
     ModelArgument,
@@ -18,7 +19,7 @@ from app.cli.given import (
     find_model,
     has_ended,
     read_config,
-    read_spec,
+    read_dataset,
 )
 from app.cli.plan import changed_names, proof_words
 from app.cli.verb import verb
@@ -40,13 +41,15 @@ def train(
     config: ConfigFile = None,
     freeze: Freeze = None,
     unfreeze: Unfreeze = None,
+    eval_: EvalSets = None,
     name: Annotated[str | None, typer.Option(help="The job's name.")] = None,
     json_: Json = False,
     **training: Any,
 ) -> None:
     """One job in the foreground; Ctrl-C stops it with a checkpoint, and the exit status is 1."""
     document = read_config(config, context.obj, freeze, unfreeze)
-    _run_job(settings, "train", model, dataset, document, name, training, json_)
+    data = read_dataset(dataset, eval_)
+    _run_job(settings, "train", model, data, document, name, training, json_)
 
 
 @verb
@@ -54,19 +57,21 @@ def evaluate(
     settings: "Settings",
     model: ModelArgument,
     dataset: DatasetArgument,
+    eval_: EvalSets = None,
     name: Annotated[str | None, typer.Option(help="The job's name.")] = None,
     json_: Json = False,
     **training: Any,
 ) -> None:
     """A model's metrics on a dataset; nothing is trained."""
-    _run_job(settings, "evaluate", model, dataset, {}, name, training, json_)
+    data = read_dataset(dataset, eval_)
+    _run_job(settings, "evaluate", model, data, {}, name, training, json_)
 
 
 def _run_job(
     settings: "Settings",
     kind: str,
     model: str,
-    dataset: str,
+    dataset: Document,
     config: Document,
     name: str | None,
     training: Mapping[str, Any],
@@ -75,7 +80,7 @@ def _run_job(
     request: Document = {
         "kind": kind,
         "config": config,
-        "dataset": read_spec(dataset),
+        "dataset": dataset,
         "training": {option: value for option, value in training.items() if value is not None},
     }
     if name is not None:

@@ -85,7 +85,7 @@ def trace_model(model: nn.Module, example: Any, *, loss: Loss | None = None) -> 
     traced_by, forward_flops = "none", 0
     notes: list[str] = []
     if example is None:
-        notes.append("There is no example to call the model with; give 'input' a shape.")
+        notes.append("There is no example to call it with; give 'input' a shape, or show it data.")
     else:
         for how in ("fake", "real"):
             if how == "real" and _fake_mode(model):

@@ -95,14 +95,18 @@ class Tasks:
             path = files.timing_path(self._settings.data_dir, task.model_id or 0)
             shutil.copyfile(directory / job_folder.FOUND, path.with_suffix(".part"))
             path.with_suffix(".part").replace(path)
+        try:
+            if task.kind == "inspect":
+                self._keep_graph(task, directory)
+            elif task.kind == "preview":
+                self._keep_traced(task, directory)
+        except (ValueError, KeyError, TypeError) as error:
+            noun = "inspection" if task.kind == "inspect" else task.kind
+            unread = Ending("failed", "lost", f"What the {noun} found cannot be read: {error}")
+            self._db.write(lambda s: _end(s, task, "failed", unread))
+            return
         if task.kind != "inspect":
             self._db.write(lambda s: _end(s, task, "succeeded", Ending("succeeded")))
-            return
-        try:
-            self._keep_graph(task, directory)
-        except (ValueError, KeyError, TypeError) as error:
-            unread = Ending("failed", "lost", f"What the inspection found cannot be read: {error}")
-            self._db.write(lambda s: _end(s, task, "failed", unread))
             return
         files.remove_folder(self._folder(task))
 
@@ -135,6 +139,20 @@ class Tasks:
             catalog.end_task(session, row, "succeeded")
 
         self._db.write(keep)
+
+    def _keep_traced(self, task: Task, directory: Path) -> None:
+        """Keep the graph of a model without an example, which was traced on a dataset's batch."""
+        document = job_folder.read_document(directory / "graph.json")
+        if document is None or task.model_id is None:
+            return
+        path = files.graph_path(self._settings.data_dir, task.model_id)
+        with self._db.read() as session:
+            model = session.get(Model, task.model_id)
+        if (
+            model is not None
+            and model.fingerprint == ModelGraph.from_document(document).fingerprint
+        ):
+            job_folder.write_document(path, document)
 
     def _folder(self, task: Task) -> Path:
         assert task.id is not None

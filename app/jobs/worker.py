@@ -177,7 +177,15 @@ def _run(
         job_folder.write_document(directory / "graph.json", document)
         return "succeeded", 0
     if is_preview:
-        from app.sources.preview import preview_dataset
+        from app.sources.preview import preview_dataset, trace_on_data
+
+        def trace(data: Any) -> dict[str, Any]:
+            if built.example is not None:
+                return {}
+            graph = trace_on_data(built, data)
+            document = {**graph.to_document(), "weights_digest": _digest_weights(built.model)}
+            job_folder.write_document(directory / "graph.json", document)
+            return {"traced_by": graph.traced_by}
 
         preview_dataset(
             data_spec,
@@ -185,6 +193,7 @@ def _run(
             seed=recipe.seed,
             intake=built.intake,
             keep=partial(job_folder.write_document, directory / job_folder.FOUND),
+            use=trace,
         )
         return "succeeded", 0
 

@@ -5,6 +5,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 from sqlmodel import Session
@@ -36,7 +37,7 @@ class Models(Ground):
 
     def __init__(self, settings: Settings, db: Database, runner_status: RunnerStatus) -> None:
         super().__init__(settings, db, runner_status)
-        # A graph never changes once it is there, and ids are never given twice.
+        # Told apart by when they were written; ids are never given twice.
         self._load_graph = lru_cache(maxsize=4)(self._load_graph_uncached)
         self._load_timing = lru_cache(maxsize=4)(self._load_timing_uncached)
         # The rows that somebody opens next are of the plan that was just made.
@@ -114,9 +115,9 @@ class Models(Ground):
                 "is still being inspected" if model.state == "inspecting" else "could not be read"
             )
             raise Conflict(f"Model {model_id} {verb}{why}", state=model.state)
-        return self._load_graph(model_id)
+        return self._load_graph(model_id, self._traced_at(model_id))
 
-    def _load_graph_uncached(self, model_id: int) -> ModelGraph:
+    def _load_graph_uncached(self, model_id: int, _traced_at: int | None) -> ModelGraph:
         document = job_folder.read_document(files.graph_path(self._settings.data_dir, model_id))
         if document is None:
             raise Conflict(f"What was read of model {model_id} is gone; add the model again.")
@@ -133,26 +134,40 @@ class Models(Ground):
         memory = tuple((device["id"], device["bytes"]) for device in self._runner.devices())
         asked = json.dumps([config_document(config), asdict(assume)], sort_keys=True)
         self.read_graph(model_id)  # refuses what is not ready, plan or no plan
-        return self._plan(model_id, asked, memory, self._timed_at(model_id))
+        written = self._traced_at(model_id), self._timed_at(model_id)
+        return self._plan(model_id, asked, memory, *written)
 
     def _plan_uncached(
-        self, model_id: int, asked: str, memory: tuple[tuple[str, int], ...], timed_at: int | None
+        self,
+        model_id: int,
+        asked: str,
+        memory: tuple[tuple[str, int], ...],
+        traced_at: int | None,
+        timed_at: int | None,
     ) -> Document:
         config, assume = json.loads(asked)
-        graph = self._load_graph(model_id)
+        graph = self._load_graph(model_id, traced_at)
         timing = None if timed_at is None else self._load_timing(model_id, timed_at)
         return plan_config(
             graph, parse_config(config), parse_assumption(assume), dict(memory), timing
         ).document()
 
+    def _traced_at(self, model_id: int) -> int | None:
+        """When the model was last traced: one without an example also is on a dataset's batch."""
+        return _written_at(files.graph_path(self._settings.data_dir, model_id))
+
     def _timed_at(self, model_id: int) -> int | None:
         """When the model was last calibrated, None if never."""
-        try:
-            return files.timing_path(self._settings.data_dir, model_id).stat().st_mtime_ns
-        except FileNotFoundError:
-            return None
+        return _written_at(files.timing_path(self._settings.data_dir, model_id))
 
     def _load_timing_uncached(self, model_id: int, _timed_at: int) -> Timing | None:
         path = files.timing_path(self._settings.data_dir, model_id)
         document = job_folder.read_document(path)
-        return None if document is None else read_timing(document, self._load_graph(model_id))
+        return None if document is None else read_timing(document, self.read_graph(model_id))
+
+
+def _written_at(path: Path) -> int | None:
+    try:
+        return path.stat().st_mtime_ns
+    except FileNotFoundError:
+        return None

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from app.sources.fetch import ask_hub, fetch_weights, in_words
 from app.sources.intake import IMAGENET_MEAN, IMAGENET_STD, Intake
@@ -67,6 +67,28 @@ def build_without_weights(model: nn.Module) -> nn.Module:
                 if tensor is not None and tensor.is_meta:
                     tensors[name] = replace(tensor)  # type: ignore[assignment]
     return model
+
+
+def build_on_meta(build: Callable[[], Any]) -> Any:
+    """Build on the meta device, or, where a constructor computes with values, the parameters there.
+
+    torchvision's RegNets read their widths from a tensor.
+    """
+    try:
+        with torch.device("meta"):
+            return build()
+    except RuntimeError:  # what the meta device says when it is asked for a value
+        pass
+
+    def move(_module: nn.Module, _name: str, given: nn.Parameter) -> nn.Parameter:
+        # One that is there already is tied, and stays the same.
+        return given if given.is_meta else nn.Parameter(given.to("meta"), given.requires_grad)
+
+    hook = register_module_parameter_registration_hook(move)  # type: ignore[arg-type]
+    try:
+        return build()
+    finally:
+        hook.remove()
 
 
 def is_weightless(model: nn.Module) -> bool:
@@ -210,7 +232,8 @@ def _load_pretrained(
 
 
 def _describe_intake(config: Any, task: str, model: Any, name: str, spec: ModelSpec) -> Intake:
-    names = tuple(str(config.id2label.get(i, "")) for i in range(config.num_labels or 0))
+    labels = config.id2label or {}
+    names = tuple(str(labels.get(i, "")) for i in range(config.num_labels or 0))
     known = task in _WITH_CLASSES and not all(n == f"LABEL_{i}" for i, n in enumerate(names))
     channels = _find(config, "num_channels", 3)
     size = _find(config, "image_size", 224)
@@ -227,7 +250,7 @@ def _describe_intake(config: Any, task: str, model: Any, name: str, spec: ModelS
         class_names=names if known else (),
         max_tokens=min(512, longest),
         image_shape=(channels, height, width),
-        keyword=getattr(model, "main_input_name", "pixel_values"),
+        keyword=_name_main_input(model, "pixel_values"),
         is_autoregressive=task == "text-generation",
     )
 
@@ -242,12 +265,18 @@ def _find(config: Any, name: str, default: Any) -> Any:
     return default
 
 
+def _name_main_input(model: Any, default: str) -> str:
+    """The argument of what it is about; OneFormer names several."""
+    name = getattr(model, "main_input_name", default)
+    return name if isinstance(name, str) else name[0]
+
+
 def _make_transformers_example(model: Any, config: Any, intake: Intake) -> dict[str, Any] | None:
     """One batch by the names of the arguments that the model's forward takes."""
     takes = inspect.signature(model.forward).parameters
     tokens = torch.ones(EXAMPLE_BATCH, EXAMPLE_TOKENS, dtype=torch.int64)
     images = torch.zeros(EXAMPLE_BATCH, *intake.image_shape)
-    main = getattr(model, "main_input_name", "input_ids")
+    main = _name_main_input(model, "input_ids")
     known: Mapping[str, torch.Tensor] = {
         "input_ids": tokens,
         "pixel_values": images,
@@ -295,14 +324,14 @@ def build_vision_model(
         options["num_classes"] = spec.num_classes
     if scheme == "timm" and wants_weights:
         ask_hub()
-    with (
-        in_words(f"{scheme}:{name}", None),
-        torch.device("meta") if weightless else contextlib.nullcontext(),
-    ):
+
+    def build() -> Any:
         if scheme == "timm":
-            model = models.create_model(name, pretrained=wants_weights, **options)
-        else:
-            model = _build_torchvision(models, name, options, wants_weights)
+            return models.create_model(name, pretrained=wants_weights, **options)
+        return _build_torchvision(models, name, options, wants_weights)
+
+    with in_words(f"{scheme}:{name}", None):
+        model = build_on_meta(build) if weightless else build()
     if weightless:
         build_without_weights(model)
     shape, mean, std = (3, 224, 224), IMAGENET_MEAN, IMAGENET_STD
@@ -317,11 +346,17 @@ def build_vision_model(
 
 
 def _build_torchvision(models: Any, name: str, options: dict[str, Any], wants_weights: bool) -> Any:
-    """torchvision refuses weights with another number of classes: load all but the head."""
+    """torchvision refuses weights with another number of classes: load all but the head.
+
+    Detection and segmentation models would fetch those of their backbone, asked for or not.
+    """
+    options = {"weights": None, **options}
+    if "weights_backbone" in inspect.signature(models.get_model_builder(name)).parameters:
+        options.setdefault("weights_backbone", None)
+    model = models.get_model(name, **options)
     if not wants_weights:
-        return models.get_model(name, weights=None, **options)
+        return model
     weights = models.get_model_weights(name).DEFAULT
-    model = models.get_model(name, weights=None, **options)
     own = model.state_dict()
     given = weights.get_state_dict(progress=False, check_hash=True)
     fitting = {k: v for k, v in given.items() if k in own and own[k].shape == v.shape}

@@ -192,7 +192,11 @@ class ImageEncoder:
         mode = "L" if channels == 1 else "RGB"
         image_module = load_library("PIL.Image")
         try:
-            image = (image_module.open(given) if isinstance(given, str) else given).convert(mode)
+            if isinstance(given, str):
+                with image_module.open(given) as opened:
+                    image = opened.convert(mode)
+            else:
+                image = given.convert(mode)
         except (OSError, ValueError, SyntaxError) as error:
             raise refuse_answer(
                 f"{given!s:.200} cannot be read as an image; mend or remove it.", "dataset.uri"

@@ -11,15 +11,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils.data import Subset, TensorDataset
+from torch.utils.data import Subset, TensorDataset, default_collate
 
 from app.freezing.errors import InvalidDocument
+from app.freezing.graph import ModelGraph
+from app.freezing.trace import trace_model
 from app.sources.datasets import ROW_SCHEMES, Data, build_data
 from app.sources.intake import Intake
 from app.sources.items import Items, TextEncoder
 from app.sources.libraries import load_library
+from app.sources.models import EXAMPLE_BATCH, BuiltModel
 from app.sources.rows import TASK_ROLES, Rows, read_labels, read_rows
 from app.sources.spec import DatasetSpec, split_uri
+from app.sources.user_code import run_user_code
 
 EXAMPLES = 8
 TEXT_CHARACTERS = 500
@@ -35,10 +39,12 @@ def preview_dataset(
     seed: int,
     intake: Intake | None,
     keep: Callable[[dict[str, Any]], None],
+    use: Callable[[Data], Mapping[str, Any]],
 ) -> None:
     """Look at a dataset twice: as it was read, then as a model that takes `intake` will see it.
 
     Args:
+        use: what else is to be done with a dataset that fits; its members go into the document.
         keep: takes the document of each look; where the data does not fit the model, the first
             look stays, so that somebody can see which columns there are.
 
@@ -53,12 +59,25 @@ def preview_dataset(
         keep(document)
     try:
         data = build_data(spec, code_dirs=code_dirs, seed=seed, intake=intake, rows=rows)
-        shown = preview_data(data)
+        shown = {**preview_data(data), **use(data)}
     except InvalidDocument as error:
         faults = [{"field": field, "message": message} for field, message in error.errors]
         keep(document | {"errors": faults})
         raise
     keep(document | shown)
+
+
+def trace_on_data(built: BuiltModel, data: Data) -> ModelGraph:
+    """Trace a model that gives no example of its own on the first batch that it would train on."""
+    items = [data.train[index] for index in range(min(EXAMPLE_BATCH, len(data.train)))]
+    collate = data.collate or default_collate
+    batch = run_user_code(lambda: collate(items), "Making a batch of the data", "data_error")
+    if isinstance(batch, Mapping):
+        return trace_model(built.model, batch, loss=built.loss)
+    own = built.loss
+    return trace_model(
+        built.model, batch[0], loss=None if own is None else lambda output, _: own(output, batch)
+    )
 
 
 def show_rows(rows: Rows, intake: Intake | None) -> dict[str, Any]:

@@ -5,13 +5,17 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import numpy as np
 import torch
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.data import DataLoader, Dataset
+
+from app.freezing.errors import InvalidDocument
+
+IGNORED_TARGET = -100  # cross-entropy's own convention for positions that do not count
 
 
 class DataError(Exception):
@@ -57,14 +61,9 @@ class Batches:
         epoch, start = divmod(self.position, self.per_epoch)
         count = min(count, self.per_epoch - start)
         if self._iterator is None or start == 0:
-            self._iterator = iter(self._load_epoch(epoch, start))
-        try:
-            window = [next(self._iterator) for _ in range(count)]
-        except Exception as error:  # whatever a user's dataset raises
-            raise DataError(
-                f"Reading the training set failed in epoch {epoch + 1}: "
-                f"{type(error).__name__}: {error}"
-            ) from error
+            where = f"the training set in epoch {epoch + 1}"
+            self._iterator = read_batches(self._load_epoch(epoch, start), where)
+        window = [next(self._iterator) for _ in range(count)]
         self.position += count
         return window
 
@@ -98,6 +97,31 @@ def load_batches(
         num_workers=num_workers,
         generator=generator,
     )
+
+
+def read_batches(loader: Iterable[Any], where: str) -> Iterator[Any]:
+    """What a loader loads.
+
+    Raises:
+        DataError: whatever a user's dataset raised, in one line.
+        InvalidDocument: a row of ours was refused, in its own words.
+    """
+    try:
+        yield from loader
+    except (InvalidDocument, MemoryError):
+        raise
+    except Exception as error:
+        raise DataError(f"Reading {where} failed: {_last_words(error)}") from error
+
+
+def _last_words(error: Exception) -> str:
+    """Type and first line; what a loading process raised comes as a text with its traceback."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if any(line.startswith("Traceback") or "Traceback (most" in line for line in lines):
+        kind, _, words = lines[-1].partition(": ")
+        kind = kind.rpartition(".")[2]
+        return words if kind == InvalidDocument.__name__ else f"{kind}: {words}"[:300]
+    return ": ".join([type(error).__name__, *lines[:1]])[:300]
 
 
 class SeededItems(Dataset[Any]):
@@ -191,3 +215,8 @@ def count_examples(batch: Any) -> int:
         if isinstance(leaf, torch.Tensor) and leaf.dim():
             return leaf.shape[0]
     return 1
+
+
+def read_target(batch: Any) -> torch.Tensor | None:
+    target = batch.get("labels") if isinstance(batch, Mapping) else batch[1]
+    return target if isinstance(target, torch.Tensor) else None

@@ -1,4 +1,4 @@
-"""How a recipe runs a model forward: precision, checkpointing, compilation. Knows no loss."""
+"""How a recipe runs a model forward, and where the logits are. Knows no loss."""
 
 from __future__ import annotations
 
@@ -46,3 +46,14 @@ def _enable_checkpointing(model: nn.Module) -> None:
         "call torch.utils.checkpoint in the model's own forward."
     )
     raise InvalidDocument([("training.gradient_checkpointing", message)])
+
+
+def read_logits(output: Any) -> torch.Tensor | None:
+    if isinstance(output, torch.Tensor):
+        return output
+    logits = getattr(output, "logits", None)
+    if isinstance(logits, torch.Tensor):
+        return logits
+    if isinstance(output, tuple | list) and output and isinstance(output[0], torch.Tensor):
+        return output[0]
+    return None

@@ -14,17 +14,19 @@ from app.freezing.trace import call_model
 from app.sources.datasets import Data
 from app.sources.models import BuiltModel
 from app.training.batches import (
+    IGNORED_TARGET,
     SeededItems,
     count_examples,
     load_batches,
     mix_seed,
     move_batch,
+    read_batches,
+    read_target,
     untouched_generators,
 )
-from app.training.forward import Autocast
+from app.training.forward import Autocast, read_logits
+from app.training.misfit import Misfits
 from app.training.recipe import Recipe
-
-IGNORED_TARGET = -100  # cross-entropy's own convention for positions that do not count
 
 
 def call_on_batch(model: Callable[..., Any], batch: Any) -> Any:
@@ -63,22 +65,6 @@ def compute_loss(built: BuiltModel, output: Any, batch: Any) -> torch.Tensor:
 
 def _misfit(message: str) -> InvalidDocument:
     return InvalidDocument([("dataset", message)])
-
-
-def read_logits(output: Any) -> torch.Tensor | None:
-    if isinstance(output, torch.Tensor):
-        return output
-    logits = getattr(output, "logits", None)
-    if isinstance(logits, torch.Tensor):
-        return logits
-    if isinstance(output, tuple | list) and output and isinstance(output[0], torch.Tensor):
-        return output[0]
-    return None
-
-
-def read_target(batch: Any) -> torch.Tensor | None:
-    target = batch.get("labels") if isinstance(batch, Mapping) else batch[1]
-    return target if isinstance(target, torch.Tensor) else None
 
 
 def _classes_first(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor | None:
@@ -125,16 +111,19 @@ def evaluate_set(
     items = SeededItems(dataset, mix_seed(seed, 1), 0) if seed_items else dataset
     sums: dict[str, float] = defaultdict(float)
     counts: dict[str, int] = defaultdict(int)
+    loader = load_batches(items, batches, collate, 0, torch.Generator())
     with torch.no_grad(), untouched_generators(device):
-        for loaded in load_batches(items, batches, collate, 0, torch.Generator()):
+        for loaded in read_batches(loader, "an evaluation set"):
             if interrupted():
                 return None
             batch = move_batch(loaded, device)
-            with autocast():
-                output = call_on_batch(built.model, batch)
-                loss = compute_loss(built, output, batch)
-            size = count_examples(batch)
-            for name, (value, count) in _judge_batch(built, output, batch, loss, size).items():
+            with Misfits(built, [loaded]) as misfits:
+                with autocast():
+                    output = misfits.output = call_on_batch(built.model, batch)
+                    loss = compute_loss(built, output, batch)
+                size = count_examples(batch)
+                judged = _judge_batch(built, output, batch, loss, size)
+            for name, (value, count) in judged.items():
                 sums[name] += value * count
                 counts[name] += count
     return {name: sums[name] / counts[name] for name in sums if counts[name]}

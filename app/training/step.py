@@ -19,6 +19,7 @@ from app.sources.models import BuiltModel
 from app.training.batches import count_examples, move_batch
 from app.training.forward import choose_autocast, prepare_forward
 from app.training.judge import call_on_batch, compute_loss
+from app.training.misfit import Misfits
 from app.training.optimizer import Groups, make_optimizer, set_rates
 from app.training.recipe import Recipe
 
@@ -100,13 +101,15 @@ class Stepper:
             InvalidDocument: the loss depends on nothing trainable, or does not fit the data.
         """
         recipe = self._recipe
-        loss = self._accumulate(window)
-        if self.scaler.is_enabled():
-            self._unscale()
         self._measure_s = 0.0
-        with self._clock():
-            total_norm = self.measure.read_gradients(self._freeze.frozen)
-        loss_value, norm_value = torch.stack([loss.double(), total_norm]).tolist()  # the one sync
+        with Misfits(self._built, window) as misfits:
+            loss = self._accumulate(window, misfits)
+            if self.scaler.is_enabled():
+                self._unscale()
+            with self._clock():
+                total_norm = self.measure.read_gradients(self._freeze.frozen)
+            # The one sync, where also a GPU tells what it met.
+            loss_value, norm_value = torch.stack([loss.double(), total_norm]).tolist()
         if not self._is_sound(loss_value, norm_value, step):
             self._skip("nonfinite")
             return None
@@ -154,14 +157,14 @@ class Stepper:
         if self._recipe.compile:
             torch._dynamo.reset()
 
-    def _accumulate(self, window: list[Any]) -> torch.Tensor:
+    def _accumulate(self, window: list[Any], misfits: Misfits) -> torch.Tensor:
         """Backward over the batches of one step, each weighted by its examples; the mean loss."""
         sizes = [count_examples(batch) for batch in window]
         total = torch.zeros((), device=self._device)
         for loaded, size in zip(window, sizes, strict=True):
             batch = move_batch(loaded, self._device)
             with self.autocast():
-                output = call_on_batch(self._forward, batch)
+                output = misfits.output = call_on_batch(self._forward, batch)
                 loss = compute_loss(self._built, output, batch) * (size / sum(sizes))
             if not loss.requires_grad:
                 message = "The loss does not depend on anything trainable under this config."

@@ -15,6 +15,7 @@ from app.sources.datasets import Data
 from app.sources.models import BuiltModel
 from app.training.batches import Batches, move_batch
 from app.training.judge import call_on_batch, compute_loss
+from app.training.misfit import Misfits
 from app.training.recipe import Recipe
 
 
@@ -46,7 +47,9 @@ def try_mechanisms(
 
         def compute(model: nn.Module, step: int) -> torch.Tensor:
             batch = batches[step % len(batches)]
-            return compute_loss(built, call_on_batch(model, batch), batch)
+            with Misfits(built, [batch]) as misfits:
+                misfits.output = call_on_batch(model, batch)
+                return compute_loss(built, misfits.output, batch)
     elif built.example is not None:
         example = move_batch(built.example, place)
 

@@ -97,6 +97,8 @@ def test_every_verb_explains_itself(data: Path, verb: str) -> None:
         (["train", "demo:digits"], "DATASET"),
         (["plan", "demo:digits", "--freze", "x"], "--freze"),
         (["train", "a", "b", "--optimizer", "lion"], "lion"),
+        (["train", "a", "b", "--eval", "demo:digits"], "NAME=URI"),
+        (["sweep", "a", "b", "--set", "nothing", "--eval", "x=a", "--eval", "x=b"], "twice"),
         (["stop", "one"], "JOB"),
         (["serve", "--host", "0.0.0.0", "--port", "0"], "--insecure-http"),
         (["serve", "--port", "70000"], "--port"),
@@ -195,6 +197,17 @@ def test_evaluating_gives_metrics_alone(data: Path) -> None:
     assert job["state"] == "succeeded"
     assert any(name.startswith("eval/") for name in job["metrics"])
     assert job["proof"] is None
+
+
+def test_further_evaluation_sets_are_named_by_options(data: Path) -> None:
+    brief = ("--max-steps", "1", "--device", "cpu", "--json")
+    own = '{"uri": "demo:digits-shifted", "eval": {"whole": "demo:digits"}}'
+    told = run(data, "train", "demo:digits", own, "--eval", "again=demo:digits", *brief)
+    job = json.loads(told)
+    assert job["dataset"]["eval"] == {"whole": "demo:digits", "again": "demo:digits"}
+    names = {n.split("/")[1] for n in job["metrics"] if n.startswith("eval/")}
+    assert names == {"eval", "before", "whole", "again"}
+    assert job["metrics"]["eval/whole/accuracy"] == job["metrics"]["eval/again/accuracy"]
 
 
 def test_a_sweep_is_one_table_of_freeze_sets(data: Path, tmp_path: Path) -> None:

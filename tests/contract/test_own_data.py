@@ -1,6 +1,7 @@
 """Somebody's own models and data, over HTTP: added, read, shown, refused in words, and mended."""
 
 import html
+import json
 import os
 import re
 import subprocess
@@ -18,7 +19,25 @@ from app.serving import Dashboard, listen
 from app.settings import Settings
 from tests.unit.own_files import make_reviews, write_csv, write_images, write_model
 
+ROOT = Path(__file__).resolve().parents[2]
+FROSTLINE = (sys.executable, "-m", "app")
 TOKEN = "a-token-for-tests"
+SIZED = """
+import torch
+
+
+def bare():
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 3), torch.nn.Linear(3, 2))
+
+    def loss(output, batch):
+        return torch.nn.functional.cross_entropy(output, batch[1])
+
+    return {"model": model, "loss": loss}
+
+
+def load(size):
+    return {"train": [(torch.zeros(1, 8, 8), 0)] * size}
+"""
 
 
 @pytest.fixture(scope="module")
@@ -32,6 +51,7 @@ def shelf(tmp_path_factory: pytest.TempPathFactory) -> Path:
     both = [{"a": r["review"], "b": r["review"], "verdict": r["verdict"]} for r in rows]
     write_csv(folder / "ambiguous.csv", both)
     write_images(folder / "photos")
+    (folder / "sized.py").write_text(SIZED)
     (folder / "slow.py").write_text("import time\ndef load():\n    time.sleep(10**6)\n")
     return folder
 
@@ -140,6 +160,58 @@ def test_the_page_waits_shows_and_keeps_what_was_chosen(door: httpx2.Client, ber
     assert "There is no &#39;none.csv&#39;" in refused.text
 
 
+def test_the_arguments_of_a_dataset_are_typed_beside_it_and_come_back(door: httpx2.Client) -> None:
+    model_id = add_model(door, "demo:digits")
+    form = {"train.dataset": "python:sized:load", "train.kwargs": '{"size": 24}'}
+    for kwargs, words in (
+        ("{", "&#39;kwargs&#39; must be an object of keyword arguments; this is &#39;{&#39;."),
+        ("[1]", "&#39;kwargs&#39; must be an object of keyword arguments; this is [1]."),
+    ):
+        for place in ("jobs", "sweeps", "preview"):
+            bad = {**form, "train.kwargs": kwargs, "sweep.set": "choice"}
+            refused = door.post(f"/models/{model_id}/{place}", data=bad)
+            assert (refused.status_code, words in refused.text) == (422, True)
+    started = door.post(f"/models/{model_id}/jobs", data={**form, "train.max_steps": "1"})
+    place = started.headers["Location"]
+    job = wait_for(door, f"/api{place}", "queued", "starting", "running")
+    assert (job["state"], job["dataset"]["kwargs"]) == ("succeeded", {"size": 24})
+    again = re.search(r'href="(/models/[^"]+train.dataset[^"]+)"', door.get(place).text)
+    assert again is not None
+    field = door.get(html.unescape(again.group(1))).text.partition('name="train.kwargs"')[2]
+    assert "{&#34;size&#34;: 24}" in field.partition(">")[0]
+
+
+def test_a_model_without_an_example_is_traced_on_the_data_that_it_is_shown(
+    door: httpx2.Client, data_dir: Path
+) -> None:
+    model_id = add_model(door, "python:sized:bare")
+    config = {"rules": [{"action": "freeze", "match": "1"}]}
+
+    def plan() -> tuple[set[str], int | None]:
+        found = door.post(f"/api/models/{model_id}/plan", json=config).json()
+        return {one["code"] for one in found["warnings"]}, found["cost"]["forward_flops"]
+
+    before = plan()
+    assert "untraced" in before[0]
+    task = preview(door, model_id, uri="python:sized:load", kwargs={"size": 8})
+    assert task["result"]["traced_by"] == "fake"
+    found, flops = plan()
+    assert "untraced" not in found
+    assert flops is not None
+    assert flops > 0
+    page = door.get(f"/models/{model_id}/preview/{task['id']}").text
+    assert "The model gives no example of its own" in page
+    with_one = preview(door, add_model(door, "demo:digits"), uri="demo:digits")
+    assert "traced_by" not in with_one["result"]
+    told = subprocess.run(
+        [*FROSTLINE, "plan", "python:sized:bare", "--json", "--data-dir", str(data_dir),
+         "--dataset", '{"uri": "python:sized:load", "kwargs": {"size": 4}}'],
+        capture_output=True, text=True, cwd=ROOT, check=True,
+        env={**os.environ, "FROSTLINE_TOKEN": TOKEN},
+    ).stdout  # fmt: skip
+    assert "untraced" not in {one["code"] for one in json.loads(told)["warnings"]}
+
+
 def test_images_are_files_of_their_own(door: httpx2.Client) -> None:
     vit = add_model(door, "hf:./vit")
     task = preview(door, vit, uri="folder:photos")
@@ -238,11 +310,10 @@ def test_a_model_that_could_not_be_read_says_why_and_fills_the_form_again(
 def test_the_terminal_says_the_same_in_one_line(
     door: httpx2.Client, data_dir: Path, arguments: tuple[str, ...], words: str
 ) -> None:
-    command = [sys.executable, "-m", "app", *arguments, "--data-dir", str(data_dir)]
-    root = Path(__file__).resolve().parents[2]
+    command = [*FROSTLINE, *arguments, "--data-dir", str(data_dir)]
     environment = {**os.environ, "FROSTLINE_TOKEN": TOKEN}
     ended = subprocess.run(
-        command, capture_output=True, text=True, cwd=root, env=environment, check=False
+        command, capture_output=True, text=True, cwd=ROOT, env=environment, check=False
     )
     assert ended.returncode == 1, ended.stderr
     assert "Traceback" not in ended.stderr

@@ -12,12 +12,15 @@ from app.freezing.config import parse_config
 from app.freezing.errors import InvalidDocument
 from app.freezing.trace import trace_model
 from app.sources.datasets import Data, build_data
+from app.sources.hub import build_on_meta
 from app.sources.models import BuiltModel, build_model
 from app.sources.preview import preview_data
 from app.sources.spec import DatasetSpec, parse_dataset_spec, parse_model_spec
 from app.sources.user_code import UserCodeError
+from app.training.batches import DataError
 from app.training.loop import train
 from app.training.recipe import parse_recipe
+from tests.unit.bad_sources import TABLE, Bad, write_shelf
 from tests.unit.own_files import make_reviews, write_csv, write_images, write_json, write_model
 from tests.unit.runs import Wish
 
@@ -180,204 +183,36 @@ def test_a_preview_shows_examples_with_their_labels(tmp_path: Path) -> None:
 # ------------------------------------------------------------------------------------------ refused
 
 
-UNTRAINED = {"random_init": True, "task": "text-classification",
-             "kwargs": {"hidden_size": 24, "num_hidden_layers": 1}}  # fmt: skip
-HEADLESS = {"random_init": True, "task": "feature-extraction"}
-
-
-FACTORIES = """
-def nothing():
-    return None
-
-
-def breaks():
-    raise RuntimeError("not today")
-
-
-def no_rows():
-    return {"train": []}
-
-
-def bare():
-    return {"train": [1, 2, 3]}
-"""
-
-
-class Evil:
-    """Would run code when it is unpickled."""
-
-    def __reduce__(self) -> Any:
-        return print, ("unpickled",)
-
-
-def write_bad_weights(folder: Path) -> None:
-    good = load_file(folder / "bert/model.safetensors")
-    content = (folder / "bert/model.safetensors").read_bytes()
-    (folder / "cut.safetensors").write_bytes(content[:-100])
-    (folder / "junk.safetensors").write_bytes(b"nothing of the kind")
-    save_file({name: tensor.repeat(2) for name, tensor in good.items() if tensor.dim() == 1}
-              | {name: tensor for name, tensor in good.items() if tensor.dim() > 1},
-              folder / "wide.safetensors")  # fmt: skip
-    torch.save(good, folder / "pickle.bin")
-    torch.save({"weights": Evil()}, folder / "evil.bin")
-    torch.save([1, 2], folder / "list.bin")
-    (folder / "shards").mkdir()
-    index = {"weight_map": {"a": "../bert/model.safetensors"}}
-    (folder / "shards/model.safetensors.index.json").write_text(json.dumps(index))
-
-
-def refusal(
-    folder: Path,
-    model: str,
-    dataset: str | None = None,
-    of_model: dict[str, Any] | None = None,
-    **options: Any,
-) -> str:
+def refusal(folder: Path, bad: Bad) -> str:
     try:
-        built = build(folder, model, **(of_model or {}))
-        if dataset is not None:
-            read(folder, dataset, built, **options)
-    except (InvalidDocument, UserCodeError) as error:
+        built = build(folder, bad.model, **bad.of_model)
+        if bad.dataset is not None:
+            data = read(folder, bad.dataset, built, **bad.of_dataset)
+        if bad.found == "job":
+            run(built, data, folder / "job", "nothing", epochs=1)
+    except (InvalidDocument, UserCodeError, DataError) as error:
         return str(error)
     pytest.fail("nothing was refused")
 
 
 @pytest.fixture(scope="module")
 def shelf(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of good and bad models and datasets."""
-    folder = tmp_path_factory.mktemp("shelf")
-    write_model(folder / "bert", "bert", "BertForSequenceClassification")
-    write_model(folder / "vit", "vit", "ViTForImageClassification")
-    write_model(folder / "config", "bert")
-    (folder / "empty").mkdir()
-    (folder / "junk").mkdir()
-    (folder / "junk/config.json").write_text("{not json")
-    (folder / "unknown").mkdir()
-    (folder / "unknown/config.json").write_text('{"model_type": "no-such-type"}')
-    (folder / "remote").mkdir()
-    (folder / "remote/config.json").write_text(
-        '{"model_type": "own", "auto_map": {"AutoConfig": "own.Config"}}'
-    )
-    write_model(folder / "short", "bert", "BertForSequenceClassification")
-    weights = folder / "short/model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:5000])
-    good = make_reviews()
-    write_csv(folder / "good.csv", good)
-    write_csv(folder / "one.csv", [{**row, "verdict": "same"} for row in good])
-    write_csv(folder / "three.csv", [{**r, "verdict": n % 3} for n, r in enumerate(good)])
-    write_csv(folder / "vague.csv", [{"a": "x", "b": "y", "c": "z"}] * 4)
-    write_csv(folder / "negative.csv", [{"text": "x", "label": n % 2 - 1} for n in range(8)])
-    write_csv(folder / "share.csv", [{"text": "x", "label": n / 7} for n in range(8)])
-    write_csv(folder / "hole.csv", [*[{"text": "x", "label": 1}] * 3, {"text": "", "label": 0}])
-    write_csv(folder / "numbers.csv", [{"text": n, "label": n % 2} for n in range(8)])
-    (folder / "header.csv").write_text("text,label\n")
-    (folder / "void.csv").write_text("")
-    (folder / "broken.json").write_text('{"text": "x"\n{{')
-    (folder / "broken.parquet").write_bytes(b"PAR1 no")
-    write_images(folder / "photos")
-    write_images(folder / "alone", ("only",))
-    write_images(folder / "many", ("a", "b", "c"))
-    write_images(folder / "spoilt")
-    (folder / "spoilt/dark/9.png").write_bytes(b"no image")
-    (folder / "hollow/a").mkdir(parents=True)
-    write_bad_weights(folder)
-    (folder / "own_factories.py").write_text(FACTORIES)
-    (folder / "own_broken.py").write_text("import no_such_library\n")
-    return folder
+    return write_shelf(tmp_path_factory.mktemp("shelf"))
 
 
-@pytest.mark.parametrize(
-    ("model", "dataset", "options", "sentence"),
-    [
-        ("hf:org/absent", None, {}, "is not in the cache and HF_HUB_OFFLINE is set"),
-        ("hf:/nowhere", None, {}, "There is no '/nowhere' below the folders open for reading"),
-        ("hf:./empty", None, {}, "has no config.json"),
-        ("hf:./junk", None, {}, "cannot be loaded"),
-        ("hf:./unknown", None, {}, "cannot be loaded"),
-        ("hf:./remote", None, {}, "brings code of its own, which Frostline never runs"),
-        ("hf:./short", None, {}, "cannot be loaded"),
-        ("hf:./config", None, {}, "has no model.safetensors"),
-        ("hf:./bert", None, {"of_model": {"task": "image-classification"}}, "no head for"),
-        ("hf:./bert", None, {"of_model": {"task": "painting"}}, "'task' must be one of"),
-        ("hf:./bert", None, {"of_model": {"kwargs": {"hidden": 3}}}, "is not an option of Bert"),
-        ("hf:./bert", None, {"of_model": {"revision": "a b"}}, "'revision' must be"),
-        ("timm:resnet18", None, {}, "pip install timm"),
-        ("torchvision:resnet18", None, {}, "pip install 'torchvision==0."),
-        ("hf:./bert", "csv:absent.csv", {}, "There is no 'absent.csv' below"),
-        ("hf:./bert", "csv:", {}, "needs a path"),
-        ("hf:./bert", "csv:photos", {}, "is not a regular file"),
-        ("hf:./bert", "folder:good.csv", {}, "is not a folder"),
-        ("hf:./bert", "csv:one.csv", {}, "has one class, 'same'"),
-        ("hf:./bert", "csv:three.csv", {}, "give the model 'num_classes': 3"),
-        ("hf:./bert", "csv:vague.csv", {}, "Which column of"),
-        ("hf:./bert", "csv:negative.csv", {}, "class ids count from 0"),
-        ("hf:./bert", "csv:share.csv", {}, "a class is a name or a whole number"),
-        ("hf:./bert", "csv:hole.csv", {}, "Row 4 of"),
-        ("hf:./bert", "csv:numbers.csv", {}, "where a text is needed"),
-        ("hf:./bert", "csv:header.csv", {}, "is empty"),
-        ("hf:./bert", "csv:void.csv", {}, "cannot be read"),
-        ("hf:./bert", "json:broken.json", {}, "cannot be read"),
-        ("hf:./bert", "parquet:broken.parquet", {}, "cannot be read"),
-        ("hf:./bert", "hf:org/absent", {}, "Download it first"),
-        ("hf:./bert", "csv:good.csv", {"columns": {"text": "body"}}, "has no column 'body'"),
-        ("hf:./bert", "csv:good.csv", {"columns": {"txt": "body"}}, "'columns' must be"),
-        ("hf:./bert", "csv:good.csv", {"eval": {"x": "csv:vague.csv"}}, "has no column"),
-        ("hf:./bert", "csv:good.csv", {"eval": {"x": "csv:one.csv"}}, "is not among the training"),
-        ("hf:./bert", "csv:good.csv", {"eval": {"x": "demo:digits"}}, "is no table"),
-        ("hf:./bert", "folder:photos", {}, "takes text"),
-        ("hf:./vit", "csv:good.csv", {}, "is the image?"),
-        ("hf:./vit", "folder:alone", {}, "has one class, 'only'"),
-        ("hf:./vit", "folder:many", {}, "give the model 'num_classes': 3"),
-        ("hf:./vit", "folder:spoilt", {}, "9.png cannot be read as an image"),
-        ("hf:./vit", "folder:hollow", {}, "no image in its sub-folders"),
-        ("hf:./vit", "folder:empty", {}, "has no sub-folders"),
-        ("hf:bert", "csv:good.csv", {"of_model": UNTRAINED}, "brings no tokenizer"),
-        ("hf:./config", "csv:good.csv", {"of_model": HEADLESS},
-         "has no head to train on"),
-        ("demo:three-layers", "csv:good.csv", {}, "does not say what it takes"),
-        ("bert-base", None, {}, "A model is named by demo:NAME, hf:ORG/NAME"),
-        ("demo:digit", None, {}, "is not built in; built in are"),
-        ("hf:", None, {}, "must have the form hf:ORG/NAME"),
-        ("hf:./bert", "reviews.csv", {}, "A dataset is named by demo:NAME, folder:PATH"),
-        ("hf:./bert", None, {"of_model": {"weights": "cut.safetensors"}}, "cannot be read as"),
-        ("hf:./bert", None, {"of_model": {"weights": "junk.safetensors"}}, "cannot be read as"),
-        ("hf:./bert", None, {"of_model": {"weights": "vit/model.safetensors"}},
-         "does not fit the model; missing: "),
-        ("hf:./bert", None, {"of_model": {"weights": "wide.safetensors"}}, "of another shape: "),
-        ("hf:./bert", None, {"of_model": {"weights": "pickle.bin"}}, "say 'allow_pickle': true"),
-        ("hf:./bert", None, {"of_model": {"weights": "evil.bin", "allow_pickle": True}},
-         "cannot be read as weights"),
-        ("hf:./bert", None, {"of_model": {"weights": "list.bin", "allow_pickle": True}},
-         "does not hold tensors by name"),
-        ("hf:./bert", None, {"of_model": {"weights": "photos"}}, "holds neither"),
-        ("hf:./bert", None, {"of_model": {"weights": "shards"}}, "not a file beside it"),
-        ("hf:./bert", None, {"of_model": {"num_classes": 0}}, "'num_classes' must be a whole"),
-        ("hf:./bert", None, {"of_model": {"classes": 3}}, "the nearest is 'num_classes'"),
-        ("python:own_factories:nothing", None, {}, "returned None; it must return an nn.Module"),
-        ("python:own_factories:breaks", None, {}, "raised RuntimeError: not today"),
-        ("python:own_factories:absent", None, {}, "has no 'absent'; it defines nothing, breaks"),
-        ("python:own_absent:model", None, {}, "There is no own_absent.py"),
-        ("python:own_broken:model", None, {}, "Importing 'own_broken' raised ModuleNotFound"),
-        ("python:own_factories:nothing", None, {"of_model": {"kwargs": {"x": 1}}}, "do not fit"),
-        ("demo:digits", "python:own_factories:nothing", {}, "returned None; it must return a map"),
-        ("demo:digits", "python:own_factories:no_rows", {}, "is empty; it must have at least one"),
-        ("demo:digits", "python:own_factories:bare", {}, "items must be (input, target) pairs"),
-        ("hf:./bert", "csv:good.csv", {"eval_fraction": 0.999}, "too few to hold out"),
-        ("hf:./bert", "csv:good.csv", {"eval_fraction": 2}, "'eval_fraction' must be a number"),
-    ],
-)  # fmt: skip
-def test_what_cannot_be_used_is_refused_in_one_sentence(
-    shelf: Path, model: str, dataset: str | None, options: dict[str, Any], sentence: str
-) -> None:
-    message = refusal(shelf, model, dataset, **dict(options))
-    assert sentence in message
+@pytest.mark.parametrize("bad", TABLE, ids=str)
+def test_what_cannot_be_used_is_refused_in_one_sentence(shelf: Path, bad: Bad) -> None:
+    message = refusal(shelf, bad)
+    assert bad.says in message
     assert "\n" not in message
 
 
 def test_weights_over_a_model_may_leave_a_new_head(shelf: Path) -> None:
     given = {"random_init": True, "task": "text-classification", "num_classes": 3,
              "weights": "bert/model.safetensors"}  # fmt: skip
-    assert "If only a head is new, say 'new_head'" in refusal(shelf, "hf:./config", of_model=given)
+    assert "If only a head is new, say 'new_head'" in refusal(
+        shelf, Bad("hf:./config", None, "", given)
+    )
     built = build(shelf, "hf:./config", **given, new_head=True)
     assert built.notes == ("New, not in the weights: classifier.weight, classifier.bias.",)
     left = build(shelf, "hf:./bert").model.state_dict()
@@ -417,3 +252,24 @@ def test_fewer_layers_keep_the_first_types_and_a_named_list_stands(tmp_path: Pat
     kwargs = {**small, "num_hidden_layers": 2, "layer_types": types}
     built = build(tmp_path, "hf:gemma3_text", kwargs=kwargs, **options)
     assert built.model.config.layer_types == types
+
+
+def test_a_constructor_that_reads_values_is_built_without_memory_all_the_same() -> None:
+    class Widths(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            wide = int(torch.arange(3)[-1].item()) + 10**4
+            self.a, self.b = (torch.nn.Linear(wide, wide) for _ in range(2))
+            self.b.weight = self.a.weight
+
+    model = build_on_meta(Widths)
+    assert {tensor.device.type for tensor in model.parameters()} == {"meta"}
+    assert model.a.weight is model.b.weight
+    assert torch.nn.Linear(2, 2).weight.device.type == "cpu"  # nothing stays behind
+
+
+@pytest.mark.parametrize("kind", ["oneformer", "pvt"])
+def test_configurations_of_odd_habits_show_their_tree(tmp_path: Path, kind: str) -> None:
+    """One names several inputs, one has no names for its classes."""
+    built = build(tmp_path, f"hf:{kind}", random_init=True, weightless=True)
+    assert trace_model(built.model, built.example).parameter_count > 10**6

@@ -7,6 +7,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from app.freezing.errors import InvalidDocument
 from app.sources.demo import DEMO_DATASETS, DEMO_TRAINING
 from app.training.recipe import OPTIONS, Option
 from app.web.pages.entries import Document, typed
@@ -28,7 +29,7 @@ SECTIONS: Mapping[str, tuple[str, ...]] = {
         "grad_accumulation",
     ),
     "Speed and memory": ("precision", "compile", "gradient_checkpointing", "num_workers"),
-    "Data": ("eval", "eval_fraction", "max_length", "image_size", "seed"),
+    "Data": ("eval", "kwargs", "eval_fraction", "max_length", "image_size", "seed"),
     "Evaluation, checkpoints, statistics": (
         "eval_every", "eval_batch_size", "checkpoint_every", "keep_last", "stats_every",
     ),
@@ -38,9 +39,11 @@ LABELS = {
     "max_steps": "steps at most",
     "lr_schedule": "LR schedule",
     "eval": "further evaluation sets",
+    "kwargs": "arguments (JSON)",
 }
 # What an empty input means, where no default says it.
 WHEN_EMPTY = {"lr": "by optimizer", "eval_every": "each epoch", "checkpoint_every": "at the end"}
+KWARGS_HELP = "What a python: dataset's factory is called with"
 EVAL_HELP = "What was known before beside what is new: each is judged under its own name"
 
 
@@ -64,11 +67,24 @@ def dataset_request(given: Mapping[str, str]) -> Document:
     dataset = {k: typed(v) for k, v in given.items() if k in DATASET_OPTIONS}
     if roles:
         dataset["columns"] = roles
+    if given.get("kwargs"):
+        dataset["kwargs"] = _read_json(given["kwargs"])
     if given.get("eval"):
         # A comma may stand in a path; one before NAME=SCHEME: does not.
         pairs = re.split(r",\s*(?=[^,=]+=[a-z]+:)", given["eval"])
         dataset["eval"] = {name.strip(): uri.strip() for name, _, uri in map(_halves, pairs)}
     return {"uri": given.get("dataset", ""), **dataset}
+
+
+def _read_json(text: str) -> Any:
+    """What was typed where it is no JSON: it is refused as what it is."""
+    # Imported here: the API, whose JSON this is, has reports, which are made of pages.
+    from app.web.pages.model_form import read_json
+
+    try:
+        return read_json("kwargs", text)
+    except InvalidDocument:
+        return text
 
 
 def _halves(pair: str) -> tuple[str, str, str]:
@@ -99,6 +115,14 @@ def form_fields(
         "NAME=URI, NAME=URI",
         help=EVAL_HELP,
         fault=sets_fault or wrong.get("dataset.eval", ""),
+    )
+    fields["kwargs"] = Field(
+        "train.kwargs",
+        LABELS["kwargs"],
+        given.get("kwargs", ""),
+        '{"size": 512}',
+        help=KWARGS_HELP,
+        fault=wrong.get("dataset.kwargs", ""),
     )
     dataset = Field(
         "train.dataset",
@@ -139,6 +163,7 @@ def training_address(document: Mapping[str, Any]) -> list[tuple[str, str]]:
     items = {"dataset": dataset.get("uri")}
     items |= {key: dataset.get(key) for key in DATASET_OPTIONS}
     items |= {f"{COLUMN}{role}": name for role, name in (dataset.get("columns") or {}).items()}
+    items["kwargs"] = json.dumps(dataset["kwargs"]) if dataset.get("kwargs") else None
     evals = (dataset.get("eval") or {}).items()
     items["eval"] = ", ".join(f"{name}={uri}" for name, uri in evals) or None
     given = document.get("training") or {}
