@@ -3,14 +3,10 @@
 from collections.abc import Mapping
 from typing import Any
 
-from sqlmodel import Session
-
 from app.freezing.errors import InvalidDocument
-from app.service.documents import Document, check_members, collecting, find_row, read_id
+from app.service.documents import Document, check_members, collecting, read_id
 from app.service.ground import Ground
 from app.sources.spec import parse_dataset_spec, spec_document
-from app.store import catalog, files
-from app.store.tables import Model, Task
 from app.training.recipe import parse_recipe
 
 PREVIEWS_KEPT = 50
@@ -38,18 +34,5 @@ class Datasets(Ground):
         if errors:
             raise InvalidDocument(errors)
 
-        def add(session: Session) -> tuple[int, list[int]]:
-            model = find_row(session, Model, model_id)
-            spec = {"kind": "preview", "model": model.spec, "dataset": dataset}
-            spec |= {"training": {"seed": seed}, **self._surroundings()}
-            task = Task(kind="preview", model_id=model_id, spec=spec)
-            session.add(task)
-            session.flush()
-            assert task.id is not None
-            return task.id, catalog.drop_tasks(session, "preview", PREVIEWS_KEPT)
-
-        task_id, dropped = self._db.write(add)
-        for old in dropped:
-            files.remove_folder(files.task_folder(self._settings.data_dir, old))
-        self._runner.wake()
-        return {"id": task_id, "kind": "preview", "model_id": model_id, "state": "queued"}
+        spec = {"kind": "preview", "dataset": dataset, "training": {"seed": seed}}
+        return self._add_task(model_id, {**spec, **self._surroundings()}, PREVIEWS_KEPT)

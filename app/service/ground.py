@@ -1,5 +1,6 @@
 """What every verb stands on: the settings, the database, and whoever runs the jobs."""
 
+import json
 import os
 import sys
 from collections.abc import Callable
@@ -8,12 +9,15 @@ from typing import Protocol
 
 from sqlmodel import Session
 
-from app.service.documents import (
-    Document,
-)
+from app.service.documents import Conflict, Document, find_row
 from app.settings import Settings
-from app.store import files
+from app.store import catalog, files
 from app.store.db import Database
+from app.store.tables import Model, Task
+
+LIVE_TASKS = ("queued", "running")
+# As many of a kind wait at most: some take ten seconds of every core.
+MOST_TASKS = 20
 
 
 class RunnerStatus(Protocol):
@@ -38,6 +42,40 @@ class Ground:
 
     def _write_and_wake(self, change: Callable[[Session], Document]) -> Document:
         document = self._db.write(change)
+        self._runner.wake()
+        return document
+
+    def _add_task(self, model_id: int, spec: Document, kept: int) -> Document:
+        """Queue a task on a model; one that is just the same and has not ended is answered instead.
+
+        Args:
+            kept: how many ended ones of its kind stay.
+
+        Raises:
+            Conflict: too many of its kind wait.
+        """
+        kind = spec["kind"]
+
+        def add(session: Session) -> tuple[Document, list[int]]:
+            model = find_row(session, Model, model_id)
+            told = json.loads(json.dumps({**spec, "model": model.spec}))
+            live = [t for t in catalog.tasks_in(session, *LIVE_TASKS) if t.kind == kind]
+            task = next((t for t in live if (t.model_id, t.spec) == (model_id, told)), None)
+            if task is None and len(live) >= MOST_TASKS:
+                raise Conflict(
+                    f"{len(live)} tasks of this kind wait already; wait for some, or stop them "
+                    "(POST /api/tasks/ID/stop)."
+                )
+            if task is None:
+                task = Task(kind=kind, model_id=model_id, spec=told)
+                session.add(task)
+                session.flush()
+            document = {"id": task.id, "kind": kind, "model_id": model_id, "state": task.state}
+            return document, catalog.drop_tasks(session, kind, kept)
+
+        document, dropped = self._db.write(add)
+        for old in dropped:
+            files.remove_folder(files.task_folder(self._settings.data_dir, old))
         self._runner.wake()
         return document
 

@@ -3,15 +3,11 @@
 from collections.abc import Mapping
 from typing import Any
 
-from sqlmodel import Session
-
 from app.freezing.config import config_document, parse_config
 from app.freezing.errors import InvalidDocument
 from app.service.documents import CONFIG_ROW_MEMBERS, Conflict, Document, collecting, members
 from app.service.models import Models
 from app.sources.spec import parse_dataset_spec, spec_document
-from app.store import catalog, files
-from app.store.tables import Model, Task
 from app.training.recipe import parse_recipe, recipe_document
 
 TRIALS_KEPT = 50
@@ -38,7 +34,7 @@ class Trials(Models):
                 f"{MAX_TIMED_BYTES // 2**30} GiB are timed beside the jobs."
             )
         spec: Document = {"kind": "calibrate", **self._surroundings()}
-        return self._add_task(model_id, spec)
+        return self._add_task(model_id, spec, TRIALS_KEPT)
 
     def compare_mechanisms(self, model_id: int, doc: Mapping[str, Any]) -> Document:
         """Have a worker train a few steps under each mechanism; the task that does is answered.
@@ -68,21 +64,4 @@ class Trials(Models):
                 spec["dataset"] = spec_document(parse_dataset_spec(doc["dataset"], **self._dirs()))
         if errors:
             raise InvalidDocument(errors)
-        return self._add_task(model_id, spec)
-
-    def _add_task(self, model_id: int, spec: Document) -> Document:
-        kind = spec["kind"]
-
-        def add(session: Session) -> tuple[int, list[int]]:
-            model = session.get_one(Model, model_id)
-            task = Task(kind=kind, model_id=model_id, spec={**spec, "model": model.spec})
-            session.add(task)
-            session.flush()
-            assert task.id is not None
-            return task.id, catalog.drop_tasks(session, kind, TRIALS_KEPT)
-
-        task_id, dropped = self._db.write(add)
-        for old in dropped:
-            files.remove_folder(files.task_folder(self._settings.data_dir, old))
-        self._runner.wake()
-        return {"id": task_id, "kind": kind, "model_id": model_id, "state": "queued"}
+        return self._add_task(model_id, spec, TRIALS_KEPT)

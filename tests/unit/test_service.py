@@ -752,3 +752,16 @@ def test_a_comparison_of_mechanisms_is_a_task_with_the_expanded_config(desk: Des
     assert set(faults(error)) == {"rules", "training.max_steps", "dataset.uri"}
     with pytest.raises(NotFound):
         desk.service.compare_mechanisms(99, FREEZE_BODY)
+
+
+def test_the_same_task_is_not_queued_twice_and_few_of_a_kind_wait(desk: Desk) -> None:
+    first = desk.service.compare_mechanisms(1, FREEZE_BODY)
+    assert desk.service.compare_mechanisms(1, FREEZE_BODY) == first
+    numbers = {first["id"]}
+    for seed in range(1, 20):
+        body = {**FREEZE_BODY, "training": {"seed": seed}}
+        numbers.add(desk.service.compare_mechanisms(1, body)["id"])
+    assert len(numbers) == 20
+    with pytest.raises(Conflict, match="20 tasks of this kind wait already"):
+        desk.service.compare_mechanisms(1, {**FREEZE_BODY, "training": {"seed": 99}})
+    assert desk.service.compare_mechanisms(1, FREEZE_BODY) == first

@@ -40,6 +40,7 @@ ELSEWHERE = {
     "runner._note_waiting:": "a job that waits long; tests/worker/test_runner.py",
     "runner._restart_what_is_due:": "the kill loop",
     "tasks._keep:": "tasks that fail, and previews; tests/worker/test_runner.py",
+    "tasks._keep_traced:": "one document, written whole; tests/contract/test_own_data.py",
     "tasks.attend:": "tasks that fail or are stopped; tests/worker/test_runner.py",
     "tasks.start:write:2": "a start that fails; tests/worker/test_runner.py",
     "folder.write_exit:write_document": "the keeper's; tests/worker/test_warm.py",
