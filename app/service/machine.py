@@ -24,10 +24,6 @@ COPIES = (
 class Machine(Ground):
     """Verbs on the machine."""
 
-    @property
-    def has_gpu(self) -> bool:
-        return any(device["kind"] == "cuda" for device in self._runner.devices())
-
     def health(self) -> Document:
         """`workers` is how many jobs can run at once; 0 while no worker can be started."""
         slots = self._runner.slots()

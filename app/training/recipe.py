@@ -11,8 +11,6 @@ from typing import Any
 
 from app.freezing.errors import MAX_FAULTS, InvalidDocument, describe_unknown, show_value
 
-FELL_BACK = "No CUDA device was found: device 'auto' fell back to the CPU."
-
 
 @dataclass(frozen=True)
 class Recipe:

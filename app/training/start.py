@@ -12,7 +12,7 @@ import torch
 from app.freezing.config import FreezeConfig, rule_document, unmatched_rules
 from app.freezing.graph import ModelGraph
 from app.sources.datasets import Data
-from app.training.recipe import FELL_BACK, Recipe
+from app.training.recipe import Recipe
 
 
 def describe_start(
@@ -36,7 +36,7 @@ def describe_start(
         name = torch.cuda.get_device_name(device)
         size = torch.cuda.get_device_properties(device).total_memory
     elif recipe.device == "auto":
-        warnings.append(FELL_BACK)
+        warnings.append("No CUDA device was found: device 'auto' fell back to the CPU.")
     return {
         "layers": layers,
         "total_steps": total_steps,

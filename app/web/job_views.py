@@ -6,8 +6,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from app.training.recipe import FELL_BACK
-
 LIVE_STATES = ("queued", "starting", "running", "paused", "stopping")
 ENDED_STATES = ("stopped", "failed", "interrupted", "succeeded")
 
@@ -86,15 +84,6 @@ class JobView:
         if not place:
             return ""
         return "It is the next to start." if place == 1 else f"It is number {place} in the queue."
-
-    @property
-    def fell_back(self) -> bool:
-        """Whether device 'auto' found no GPU: of note, and no fault where the machine has none."""
-        return FELL_BACK in (self.document.get("warnings") or ())
-
-    @property
-    def warnings(self) -> Sequence[str]:
-        return [one for one in self.document.get("warnings") or () if one != FELL_BACK]
 
     @property
     def frozen_count(self) -> int:
@@ -256,7 +245,6 @@ class JobPageView:
     proof: Document | None = None
     checkpoints: Sequence[Document] = ()
     resumed: Document | None = None
-    has_gpu: bool = False
     log: str = ""
     log_is_cut: bool = False
     figures: Sequence[Figure] = ()

@@ -8,7 +8,6 @@ from app.freezing.config import config_document
 from app.freezing.errors import InvalidDocument
 from app.freezing.graph import ModelGraph, Module, Parameter
 from app.freezing.plan import plan_config
-from app.training.recipe import FELL_BACK
 from app.web import insights, render
 from app.web.job_views import JobView
 from app.web.pages import entries, tree, workbench
@@ -201,10 +200,3 @@ def test_a_job_that_waits_says_for_what_and_where_it_stands() -> None:
     waits = {"id": 1, "state": "queued", "waiting_for": "It waits for cpu.", "position": 3}
     assert JobView(waits).state_words == "It waits for cpu. It is number 3 in the queue."
     assert JobView({**waits, "position": 1}).state_words.endswith("It is the next to start.")
-
-
-def test_a_fall_back_to_the_cpu_is_told_apart_from_warnings() -> None:
-    job = JobView({"id": 1, "state": "running", "warnings": [FELL_BACK, "Rule 2 matches nothing."]})
-    assert job.fell_back
-    assert job.warnings == ["Rule 2 matches nothing."]
-    assert not JobView({"id": 1, "state": "running", "warnings": None}).fell_back

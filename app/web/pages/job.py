@@ -95,7 +95,6 @@ def _status_view(request: Request, job_id: int, message: str = "") -> JobPageVie
     return JobPageView(
         shell=shell(request, job.name, "jobs"),
         job=job,
-        has_gpu=service_of(request).has_gpu,
         config=config,
         options=sorted(document["training"].items()),
         rerun_address=rerun_address(document),
