@@ -120,7 +120,7 @@ class Attendance:
             # the writing; and who loads prints. Any thread prints, so later that proves nothing.
             checkpoints = job_folder.checkpoints_folder(directory.parent.parent)
             log = [directory / "log.txt"] if attempt.sequence == 0 else []
-            files_now = [directory / "attempt.json", *checkpoints.rglob("*"), *log]
+            files_now = [directory / "attempt.json", *files.files_below(checkpoints), *log]
             watch.note_written(files_now, now)
 
     def _store_spool(self, job: Job, attempt: Attempt, directory: Path) -> bool:

@@ -15,6 +15,7 @@ from app.jobs.devices import Device
 from app.jobs.leftovers import end_leftovers
 from app.jobs.usage import Usage
 from app.settings import Settings
+from app.store.files import files_below
 
 logger = logging.getLogger(__name__)
 
@@ -187,7 +188,7 @@ def is_held_still(pid: int | None) -> bool:
 def written_files(directory: Path) -> list[Path]:
     """Every file that an attempt may be writing, half-written checkpoints too."""
     checkpoints = job_folder.checkpoints_folder(directory.parent.parent)
-    return [*directory.rglob("*"), *checkpoints.rglob("*")]
+    return [*files_below(directory), *files_below(checkpoints)]
 
 
 def _state_of(path: Path) -> tuple[int, int] | None:

@@ -1,9 +1,11 @@
 """Where things lie in the data folder beside the database, and how they are removed."""
 
 import contextlib
+import os
 import shutil
 import stat
 import uuid
+from collections.abc import Iterator
 from pathlib import Path
 
 
@@ -58,10 +60,19 @@ def remove_folder(path: Path) -> None:
         shutil.rmtree(doomed)
 
 
+def files_below(path: Path) -> Iterator[Path]:
+    """Every file below a folder; what is removed meanwhile, folders too, is left out.
+
+    `Path.rglob` raises where a folder goes between its being found and its being read.
+    """
+    for folder, _, names in os.walk(path):
+        yield from (Path(folder, name) for name in names)
+
+
 def folder_bytes(path: Path) -> int:
     """Bytes in all files below a folder; 0 where there is none."""
     total = 0
-    for file in path.rglob("*"):
+    for file in files_below(path):
         with contextlib.suppress(FileNotFoundError):  # removed in this moment
             found = file.lstat()
             total += found.st_size if stat.S_ISREG(found.st_mode) else 0

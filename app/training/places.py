@@ -16,7 +16,9 @@ def checkpoint_steps(checkpoints: Path) -> list[int]:
 
     A checkpoint gets its name by one rename, so that what has one is complete.
     """
-    if not checkpoints.is_dir():
+    try:
+        names = [path.name for path in checkpoints.iterdir()]
+    except (FileNotFoundError, NotADirectoryError):
         return []
-    found = (re.fullmatch(r"step-(\d{9,})", path.name) for path in checkpoints.iterdir())
+    found = (re.fullmatch(r"step-(\d{9,})", name) for name in names)
     return sorted(int(match[1]) for match in found if match)

@@ -119,9 +119,9 @@ async def follow(
         try:
             news, cursor, finished = await shared.get(key, read)
         except NotFound:  # deleted meanwhile: there will be no more
-            news, finished = [], True
-        for event, text, behind in news:
-            yield format_sse_event(event=event, data_str=text, id=behind)
+            news, finished = b"", True
+        if news:
+            yield news
             spoke = monotonic()
         if finished:
             yield format_sse_event(event="end", data_str="{}", id=cursor)
@@ -136,12 +136,11 @@ async def follow(
         await asyncio.sleep(pace - asyncio.get_running_loop().time() % pace)
 
 
-def _read(
-    service: Service, job_id: int | None, cursor: str | None
-) -> tuple[list[tuple[str, str, str | None]], str, bool]:
-    """Events, data as text; the cursor behind them; whether the job has ended and all is told."""
+def _read(service: Service, job_id: int | None, cursor: str | None) -> tuple[bytes, str, bool]:
+    """Events as they are sent, the cursor behind them, whether the job ended and all is told."""
     news, behind, finished = service.news(job_id, cursor)
-    return [(event, to_json(data), after) for event, data, after in news], behind, finished
+    told = [format_sse_event(event=e, data_str=to_json(data), id=after) for e, data, after in news]
+    return b"".join(told), behind, finished
 
 
 def close_streams(app: FastAPI) -> None:

@@ -1,5 +1,6 @@
 """What is said of the machine: of workers, queue, disk and database, in words."""
 
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 import pytest
 
 from app.store import damage
+from app.store.files import remove_folder
 from tests.worker.silly_house import House
 
 
@@ -81,3 +83,24 @@ def test_where_the_space_went(house: House) -> None:
     assert [(one["name"], one["bytes"]) for one in space["copies"]] == [
         ("frostline.db.v0001_first", 700)
     ]
+
+
+def test_a_folder_that_goes_while_space_is_counted_is_no_fault(house: House) -> None:
+    house.tick()
+    job, is_over = house.settings.data_dir / "jobs" / "7", threading.Event()
+
+    def come_and_go() -> None:
+        while not is_over.is_set():
+            (job / "attempts" / "1" / "deeper").mkdir(parents=True)
+            (job / "attempts" / "1" / "deeper" / "log.txt").touch()
+            (job / "checkpoints" / "step-000000001").mkdir(parents=True)
+            remove_folder(job)
+
+    thread = threading.Thread(target=come_and_go)
+    thread.start()
+    try:
+        for _ in range(300):
+            assert house.service.system_report()["space"]["jobs_bytes"] == 0
+    finally:
+        is_over.set()
+        thread.join()
