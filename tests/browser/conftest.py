@@ -50,7 +50,12 @@ def login_link(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The one-time link that a freshly started server prints."""
     data_dir = tmp_path_factory.mktemp("data")
     command = [sys.executable, "-m", "app", "serve", "--port", "0", "--no-open", "--stop-jobs"]
-    environment = {**os.environ, "FROSTLINE_DATA_DIR": str(data_dir), "FROSTLINE_CPU_SLOTS": "1"}
+    environment = {
+        **os.environ,
+        "FROSTLINE_DATA_DIR": str(data_dir),
+        "FROSTLINE_CPU_SLOTS": "1",
+        "FROSTLINE_FILE_DIRS": f"{ROOT}{os.pathsep}{tmp_path_factory.getbasetemp()}",
+    }
     with subprocess.Popen(
         command,
         cwd=ROOT,

@@ -14,6 +14,7 @@ import pytest
 from playwright.sync_api import BrowserContext, Page
 
 from tests.browser.hostile import MARKUP
+from tests.unit.own_files import write_images, write_model
 
 # Whatever a page of another port can try with the reader's cookie in the same browser.
 ATTACK = """
@@ -140,3 +141,40 @@ def test_names_do_not_become_markup(context: BrowserContext, page: Page, address
     assert shown >= 5
     assert alerts == []
     assert json.loads(context.request.get(f"/api/jobs/{number}").text())["name"] == MARKUP
+
+
+def test_files_and_classes_do_not_become_markup(
+    context: BrowserContext, page: Page, address: str, tmp_path: Path
+) -> None:
+    """A folder, a class and a model's folder of that name: the data's page, the job's, the list."""
+    alerts: list[str] = []
+    page.on("dialog", lambda dialog: (alerts.append(dialog.message), dialog.dismiss()))
+    send = partial(
+        context.request.fetch, headers={"Sec-Fetch-Site": "same-origin", "Origin": address}
+    )
+    images = write_images(tmp_path / MARKUP, ("dark", MARKUP))
+    folder = write_model(tmp_path / f"model {MARKUP}", "vit")
+    task = {"task": "image-classification", "num_classes": 2, "random_init": True}
+    added = send("/api/models", method="POST", data={"uri": f"hf:{folder}", **task})
+    assert added.status == 202, added.text()
+    model = added.json()["id"]
+    page.goto(f"/models/{model}")
+    page.locator("#workbench").wait_for(timeout=60_000)
+    wanted = {"model_id": model, "dataset": {"uri": f"folder:{images}"}}
+    looked = send("/api/datasets/preview", method="POST", data=wanted)
+    assert looked.status == 202, looked.text()
+    job = {**wanted, "config": {}, "training": {"max_steps": 2, "device": "cpu"}}
+    launched = send("/api/jobs", method="POST", data=job)
+    assert launched.status == 201, launched.text()
+    number = launched.json()["id"]
+    page.goto(f"/models/{model}/preview/{looked.json()['id']}")
+    page.locator("#preview img").first.wait_for(timeout=60_000)
+    assert page.locator("#preview").get_by_text(MARKUP).count() > 0
+    for path in (page.url, f"/jobs/{number}", "/jobs", "/models", f"/models/{model}"):
+        page.goto(path)
+        assert page.locator("img[src='x']").count() == 0, path
+        assert page.locator("[onerror]").count() == 0, path
+        assert "&lt;img src=x onerror=alert(1)&gt;" in page.content(), path
+    page.goto(f"/jobs/{number}")
+    page.get_by_text("succeeded").first.wait_for()
+    assert alerts == []
