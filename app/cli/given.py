@@ -56,6 +56,8 @@ EvalSets = Annotated[
     ),
 ]
 JobArgument = Annotated[int, typer.Argument(metavar="JOB", min=1, help="The job's number.")]
+# States of a task that has not ended.
+WAITING = ("queued", "running", "stopping")
 
 
 def read_config(
@@ -122,6 +124,20 @@ def read_dataset(text: str, evals: list[str] | None) -> Document:
             raise typer.BadParameter(f"--eval names the set {name!r} twice.")
         sets = {**sets, name: uri}
     return {**spec, "eval": sets}
+
+
+def wait_for_task(server: Server, task: Document, otherwise: str) -> Document:
+    """The task as it succeeded.
+
+    Raises:
+        Failure: it did not; the words are `otherwise` and the reason.
+    """
+    while (task := server.call("GET", f"/api/tasks/{task['id']}"))["state"] in WAITING:
+        time.sleep(0.1)  # over HTTP there is nothing to wait on: only jobs have events
+    if task["state"] != "succeeded":
+        message = (task["error"] or {}).get("message") or f"its task {task['state']}"
+        raise Failure(f"{otherwise}: {message}")
+    return task
 
 
 def find_model(server: Server, text: str) -> Document:

@@ -1,12 +1,11 @@
 """The comparison of mechanisms in a terminal: asked for, waited for, and printed side by side."""
 
-import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from app.cli.given import Document
+from app.cli.given import Document, wait_for_task
 from app.cli.outline import size
-from app.client import Failure, Server
+from app.client import Server
 
 
 def run_comparison(server: Server, model_id: int, wanted: Document) -> Document:
@@ -18,23 +17,6 @@ def run_comparison(server: Server, model_id: int, wanted: Document) -> Document:
     task = server.call("POST", f"/api/models/{model_id}/compare-mechanisms", wanted)
     result: Document = wait_for_task(server, task, "The mechanisms cannot be compared")["result"]
     return result
-
-
-def wait_for_task(server: Server, task: Document, otherwise: str) -> Document:
-    """The task as it succeeded.
-
-    Raises:
-        Failure: it did not; the words are `otherwise` and the reason.
-    """
-    while (task := server.call("GET", f"/api/tasks/{task['id']}"))["state"] in WAITING:
-        time.sleep(0.1)  # over HTTP there is nothing to wait on: only jobs have events
-    if task["state"] != "succeeded":
-        message = (task["error"] or {}).get("message") or f"its task {task['state']}"
-        raise Failure(f"{otherwise}: {message}")
-    return task
-
-
-WAITING = ("queued", "running", "stopping")
 
 
 def print_comparison(found: Document) -> None:

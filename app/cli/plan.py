@@ -18,8 +18,9 @@ from app.cli.given import (
     read_config,
     read_json_file,
     read_spec,
+    wait_for_task,
 )
-from app.cli.mechanisms import print_comparison, run_comparison, wait_for_task
+from app.cli.mechanisms import print_comparison, run_comparison
 from app.cli.outline import count, draw_tree, grow_tree, size
 from app.cli.verb import verb
 from app.client import Failure, server_for

@@ -3,7 +3,6 @@
 import shutil
 import signal
 from pathlib import Path
-from typing import Any
 
 from sqlmodel import Session
 
@@ -16,7 +15,7 @@ from app.jobs.rebuild import keep_model_card
 from app.settings import Settings
 from app.store import catalog, files
 from app.store.db import Database
-from app.store.tables import Model, Task, utc_now
+from app.store.tables import Model, Task
 
 
 class Tasks:
@@ -30,16 +29,10 @@ class Tasks:
 
     def start(self, task: Task, device: Device, now: float) -> None:
         """Start the worker of a queued task; it sees no GPU."""
+        if not self._db.write(lambda s: catalog.move_task(s, task.id, "queued", "running")):
+            return  # stopped in this very moment
         folder = self._folder(task)
         files.remove_folder(folder)  # of a start that a crash cut short
-
-        def change(session: Session, **changes: Any) -> None:
-            row = session.get_one(Task, task.id)
-            for name, value in changes.items():
-                setattr(row, name, value)
-            session.add(row)
-
-        self._db.write(lambda s: change(s, state="running", started_at=utc_now()))
         directory = folder / "attempts" / "1"
         self.watches[directory] = Watch(now)
         try:
@@ -52,7 +45,13 @@ class Tasks:
             ending = explain_start(error)
             self._db.write(lambda s: _end(s, task, "failed", ending))
             return
-        self._db.write(lambda s: change(s, pid=pid))
+
+        def note_pid(session: Session) -> None:
+            row = session.get_one(Task, task.id)
+            row.pid = pid
+            session.add(row)
+
+        self._db.write(note_pid)
 
     def attend(self, task: Task, now: float) -> None:
         """Do what can be done now for a task that has not ended, as far as its row knows."""
@@ -75,7 +74,8 @@ class Tasks:
         elif result is not None and result["outcome"] == "succeeded":
             self._keep(task, directory)
         elif result is None and ended is None and (is_open or not directory.is_dir()):
-            self._db.write(lambda s: _queue_again(s, task))  # a crash before the start
+            # A crash before the start; one that is to stop since is seen to at the next look.
+            self._db.write(lambda s: catalog.move_task(s, task.id, "running", "queued"))
         else:
             ending = judge(result, ended, has_stalled=watch.has_stalled)
             self._db.write(lambda s: _end(s, task, "failed", ending))
@@ -162,9 +162,3 @@ class Tasks:
 def _end(session: Session, task: Task, state: str, ending: Ending) -> None:
     row = session.get_one(Task, task.id)
     catalog.end_task(session, row, state, ending.reason, ending.message)
-
-
-def _queue_again(session: Session, task: Task) -> None:
-    row = session.get_one(Task, task.id)
-    row.state, row.started_at = "queued", None
-    session.add(row)

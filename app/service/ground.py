@@ -63,8 +63,7 @@ class Ground:
             task = next((t for t in live if (t.model_id, t.spec) == (model_id, told)), None)
             if task is None and len(live) >= MOST_TASKS:
                 raise Conflict(
-                    f"{len(live)} tasks of this kind wait already; wait for some, or stop them "
-                    "(POST /api/tasks/ID/stop)."
+                    f"{len(live)} tasks of this kind wait already; wait for some, or stop them."
                 )
             if task is None:
                 task = Task(kind=kind, model_id=model_id, spec=told)

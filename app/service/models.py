@@ -88,9 +88,8 @@ class Models(Ground):
                     jobs=used,
                 )
             task = catalog.task_of_model(session, model_id)
-            if task is not None and task.state in ("queued", "running"):
-                task.state = "stopping" if task.state == "running" else "stopped"
-                session.add(task)
+            if task is not None:
+                catalog.stop_task(session, task)
             catalog.delete_model(session, model)
             return task
 

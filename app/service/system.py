@@ -52,12 +52,7 @@ class System(Machine):
         """End a task; one that has ended stays as it is."""
 
         def stop(session: Session) -> None:
-            task = find_row(session, Task, task_id)
-            if task.state == "queued":
-                catalog.end_task(session, task, "stopped")
-            elif task.state == "running":
-                task.state = "stopping"
-                session.add(task)
+            catalog.stop_task(session, find_row(session, Task, task_id))
 
         self._db.write(stop)
         self._runner.wake()

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import TypeVar
 
+from sqlalchemy import update
 from sqlmodel import Session, col, delete, select
 
 from app.store.tables import FreezeConfigRow, Job, Login, Model, Sweep, Task, utc_now
@@ -39,6 +40,27 @@ def tasks_in(session: Session, *states: str) -> Sequence[Task]:
     """Tasks in these states, oldest first."""
     query = select(Task).where(col(Task.state).in_(states))
     return session.exec(query.order_by(col(Task.id))).all()
+
+
+def move_task(session: Session, task_id: int | None, before: str, after: str) -> bool:
+    """Make one transition if the task is still in the state `before`; whether it was made."""
+    started_at = utc_now() if after == "running" else None
+    statement = (
+        update(Task)
+        .where(col(Task.id) == task_id, col(Task.state) == before)
+        .values(state=after, started_at=started_at)
+        .execution_options(synchronize_session=False)
+    )
+    return session.connection().execute(statement).rowcount == 1
+
+
+def stop_task(session: Session, task: Task) -> None:
+    """Ask a task to end: one that waits ends at once, one that has ended stays as it is."""
+    if task.state == "queued":
+        end_task(session, task, "stopped")
+    elif task.state == "running":
+        task.state = "stopping"
+        session.add(task)
 
 
 def end_task(

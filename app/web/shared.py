@@ -1,4 +1,4 @@
-"""What many ask for at once is made once. It knows no address and no document."""
+"""What many ask for at once is made once. It knows no document."""
 
 from __future__ import annotations
 

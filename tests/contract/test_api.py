@@ -13,24 +13,16 @@ from app.client import LOOPBACK, read_events
 from app.serving import Dashboard, listen
 from app.settings import Settings
 from app.store.lock import read_holder
+from tests.contract.dashboard import serve
 
-TOKEN = "a-token-for-tests"
 RULES = [{"action": "freeze", "match": "**"}, {"action": "unfreeze", "match": "layer3"}]
 ENDED = {"succeeded", "stopped", "failed", "interrupted"}
 
 
 @pytest.fixture(scope="module")
 def api(tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx2.Client]:
-    listener = listen(LOOPBACK, 0)
-    port = listener.getsockname()[1]
-    settings = Settings(data_dir=tmp_path_factory.mktemp("api"), token=TOKEN, port=port)
-    headers = {"Authorization": f"Bearer {TOKEN}"}
-    with (
-        Dashboard(settings, listener).in_background(),
-        httpx2.Client(
-            base_url=f"http://{LOOPBACK}:{port}/api", headers=headers, timeout=60, trust_env=False
-        ) as client,
-    ):
+    with serve(data_dir=tmp_path_factory.mktemp("api")) as client:
+        client.base_url = client.base_url.join("/api")
         yield client
 
 

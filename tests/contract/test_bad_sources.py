@@ -18,14 +18,11 @@ import httpx2
 import pytest
 
 from app.cli import main
-from app.client import LOOPBACK
-from app.serving import Dashboard, listen
-from app.settings import Settings
+from tests.contract.dashboard import TOKEN, serve
 from tests.unit.bad_sources import TABLE, Bad, write_shelf
 
 BRIEF = {"max_steps": 2, "batch_size": 4, "device": "cpu"}
 MAX_CHARACTERS = 600
-TOKEN = "a-token-for-tests"
 WAITING = ("inspecting", "queued", "starting", "running", "stopping")
 
 
@@ -37,20 +34,7 @@ def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def door(tmp_path_factory: pytest.TempPathFactory, data_dir: Path) -> Iterator[httpx2.Client]:
     shelf = write_shelf(tmp_path_factory.mktemp("shelf"))
-    listener = listen(LOOPBACK, 0)
-    port = listener.getsockname()[1]
-    settings = Settings(
-        data_dir=data_dir, token=TOKEN, port=port, file_dirs=(shelf,), code_dirs=(shelf,)
-    )
-    with (
-        Dashboard(settings, listener).in_background(),
-        httpx2.Client(
-            base_url=f"http://{LOOPBACK}:{port}",
-            headers={"Authorization": f"Bearer {TOKEN}"},
-            timeout=60,
-            trust_env=False,
-        ) as client,
-    ):
+    with serve(data_dir=data_dir, file_dirs=(shelf,), code_dirs=(shelf,)) as client:
         yield client
 
 

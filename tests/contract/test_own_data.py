@@ -14,14 +14,11 @@ from typing import Any
 import httpx2
 import pytest
 
-from app.client import LOOPBACK
-from app.serving import Dashboard, listen
-from app.settings import Settings
+from tests.contract.dashboard import TOKEN, serve
 from tests.unit.own_files import make_reviews, write_csv, write_images, write_model
 
 ROOT = Path(__file__).resolve().parents[2]
 FROSTLINE = (sys.executable, "-m", "app")
-TOKEN = "a-token-for-tests"
 SIZED = """
 import torch
 
@@ -63,24 +60,7 @@ def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def door(shelf: Path, data_dir: Path) -> Iterator[httpx2.Client]:
-    listener = listen(LOOPBACK, 0)
-    port = listener.getsockname()[1]
-    settings = Settings(
-        data_dir=data_dir,
-        token=TOKEN,
-        port=port,
-        file_dirs=(shelf,),
-        code_dirs=(shelf,),
-    )
-    with (
-        Dashboard(settings, listener).in_background(),
-        httpx2.Client(
-            base_url=f"http://{LOOPBACK}:{port}",
-            headers={"Authorization": f"Bearer {TOKEN}"},
-            timeout=60,
-            trust_env=False,
-        ) as client,
-    ):
+    with serve(data_dir=data_dir, file_dirs=(shelf,), code_dirs=(shelf,)) as client:
         yield client
 
 

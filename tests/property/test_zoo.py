@@ -35,8 +35,8 @@ OTHER_FLOPS = {
 }
 # Where what forward keeps differs by more than 5 %, and by how much at most. Mixtral's experts get
 # more or fewer tokens by chance; swin's attention keeps other tensors in a fused kernel. Of the
-# mobile net one set of fifty keeps a map more than the plan says. A checkpointed block keeps for
-# itself, so that hooks see nothing of it.
+# mobile net some sets keep more than the plan says; why is not known. A checkpointed block keeps
+# for itself, so that hooks see nothing of it.
 OTHER_SAVED = {"mixtral": 0.3, "swin": 0.2, "mobilenet-v2": 0.15}
 # Layers whose only operation outside their own call is one that a fused kernel swallows: where the
 # bias of swin's attention is frozen, one kernel reads it together with the values, and backward

@@ -16,8 +16,9 @@ from app.jobs import folder as job_folder
 from app.jobs.attendance import CHECKPOINT_SECONDS, STOP_SECONDS
 from app.jobs.processes import START_SECONDS
 from app.jobs.spool import SpoolWriter
+from app.jobs.tasks import Tasks
 from app.store import jobs
-from app.store.tables import Attempt, Job
+from app.store.tables import Attempt, Job, Task
 from app.training.places import checkpoint_path
 from tests.worker.silly_house import GPUS, GRAPH, House, loss
 
@@ -428,6 +429,25 @@ def test_a_failed_inspection_says_why_on_its_model(tmp_path: Path) -> None:
     house.tick()
     assert house.service.get_model(1)["state"] == "failed"
     assert house.service.get_model(1)["error"] == {"reason": "import_error", "message": "No timm."}
+    house.db.close()
+
+
+def test_a_task_that_is_stopped_in_the_moment_of_its_start_is_not_started(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    house = House(tmp_path)
+    house.tick()
+    house.service.add_model({"uri": "demo:digits"})
+    start = Tasks.start
+
+    def stop_and_start(tasks: Tasks, task: Task, *arguments: Any) -> None:
+        house.service.stop_task(1)
+        start(tasks, task, *arguments)
+
+    monkeypatch.setattr(Tasks, "start", stop_and_start)
+    house.tick()
+    assert house.keeper.started == []
+    assert house.service.get_task(1)["state"] == "stopped"
     house.db.close()
 
 
