@@ -16,7 +16,8 @@ from app.jobs.processes import (
     is_held_still,
     written_files,
 )
-from app.jobs.spool import read_spool
+from app.jobs.records import read_records
+from app.jobs.spool import BadRecord
 from app.jobs.usage import Usage, measure_worker
 from app.settings import Settings
 from app.store import files, jobs, samples
@@ -95,10 +96,16 @@ class Attendance:
             watch.told_seq = job.wish_seq
         # Asked before the last look into the spool, so that nothing comes after that look.
         has_ended = self._processes.has_ended(directory, attempt.pid, watch, now)
-        if self._store_spool(job, attempt, directory):
-            watch.progress_at = now
+        try:
+            if self._store_spool(job, attempt, directory):
+                watch.progress_at = now
+        except BadRecord as error:
+            watch.refused = str(error)
         if has_ended:
             self._settle(job, attempt, directory, watch)
+            return
+        if watch.refused is not None:
+            self._processes.signal(directory, attempt.pid, signal.SIGKILL)
             return
         if watch.is_due(now):
             self._look_closer(attempt, device, directory, watch, now)
@@ -126,7 +133,7 @@ class Attendance:
     def _store_spool(self, job: Job, attempt: Attempt, directory: Path) -> bool:
         """Bring what is new in the spool into the database; whether there was anything."""
         for portion in range(MAX_PORTIONS):
-            records, offset = read_spool(directory / "telemetry.spool", attempt.spool_offset)
+            records, offset = read_records(directory, attempt.spool_offset)
             if not records:
                 return portion > 0
 
@@ -154,7 +161,10 @@ class Attendance:
 
         def settle(session: Session) -> Ending:
             row, tried = _rows(session, job, attempt)
-            _store_rest(session, row, tried, directory)
+            try:
+                _store_rest(session, row, tried, directory)
+            except BadRecord as error:
+                watch.refused = str(error)
             if result is not None and row.kind == "train" and result["step"] > row.step:
                 jobs.update_job(session, row, step=result["step"])
             ending = judge(
@@ -162,6 +172,7 @@ class Attendance:
                 ended,
                 row,
                 has_stalled=watch.has_stalled,
+                refused=watch.refused,
                 has_begun=tried.sequence > 0,
                 checkpoints=kept,
             )
@@ -255,8 +266,7 @@ class Attendance:
 
 def _store_rest(session: Session, job: Job, attempt: Attempt, directory: Path) -> None:
     while True:
-        path = directory / "telemetry.spool"
-        records, offset = read_spool(path, attempt.spool_offset)
+        records, offset = read_records(directory, attempt.spool_offset)
         if not records:
             return
         samples.ingest(session, job, attempt, records, offset)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from app.jobs import folder as job_folder
+from app.jobs.records import read_result
 
 # Reasons after which the same job may end otherwise. After every other one the same would happen
 # again: those wait for somebody who changes something.
@@ -50,7 +51,7 @@ def read_end(directory: Path) -> tuple[dict[str, Any] | None, dict[str, Any] | N
     A document that cannot be read (any more) counts as one that is not there.
     """
     found: list[dict[str, Any] | None] = []
-    for read in (job_folder.read_result, job_folder.read_exit):
+    for read in (read_result, job_folder.read_exit):
         try:
             found.append(read(directory))
         except ValueError:
@@ -65,6 +66,7 @@ def judge(
     job: Tried | None = None,
     *,
     has_stalled: bool = False,
+    refused: str | None = None,
     has_begun: bool = False,
     checkpoints: Sequence[int] = (),
 ) -> Ending:
@@ -72,9 +74,13 @@ def judge(
 
     Args:
         result, ended: what `read_end` found.
+        refused: why what it recorded is not believed; then neither is its result.
         has_begun: the loop has reported something, so that there was something to lose.
         checkpoints: the steps of which there are checkpoints, oldest first.
     """
+    if refused is not None:
+        outcome = "stopped" if job is not None and job.wish == "stop" else "failed"
+        return Ending(outcome, "user_code", f"{refused} What was recorded before is kept.")
     if result is not None:  # one that ended as wished may still have something to tell
         return Ending(result["outcome"], result["reason"], _advise(result, checkpoints))
     if job is not None and job.wish == "stop":

@@ -79,7 +79,10 @@ def read_document(path: Path) -> dict[str, Any] | None:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
         return None
-    document = json.loads(text)
+    try:
+        document = json.loads(text)
+    except RecursionError as error:
+        raise ValueError(f"{path} is nested too deeply.") from error
     if not isinstance(document, dict) or not isinstance(document.get("format"), int):
         raise ValueError(f"{path} is not a document of a job folder: it has no format number.")
     if document["format"] > FORMAT:

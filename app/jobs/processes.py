@@ -54,6 +54,7 @@ class Watch:
     written: dict[Path, tuple[int, int]] | None = None
     asked_to_leave: bool = False
     has_stalled: bool = False
+    refused: str | None = None  # why what it records is not believed
     looked_at: float = -math.inf
     usage: Usage | None = None
     peak: Usage | None = None

@@ -13,7 +13,8 @@ from app.freezing.graph import ModelGraph
 from app.jobs import folder as job_folder
 from app.jobs.endings import judge, read_end
 from app.jobs.processes import DEVICE
-from app.jobs.spool import read_spool
+from app.jobs.records import read_records
+from app.jobs.spool import BadRecord
 from app.settings import Settings
 from app.store import damage, files, jobs, samples
 from app.store.db import Database
@@ -149,7 +150,10 @@ def read_unread(db: Database, data_dir: Path) -> None:
         directory = files.job_folder(data_dir, attempt.job_id) / "attempts" / str(attempt.number)
         spool = directory / "telemetry.spool"
         while spool.exists() and spool.stat().st_size > attempt.spool_offset:
-            records, offset = read_spool(spool, attempt.spool_offset)
+            try:
+                records, offset = read_records(directory, attempt.spool_offset)
+            except BadRecord:  # the attempt ended with it
+                break
             if not records:  # a torn last one
                 break
 

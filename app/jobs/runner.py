@@ -76,8 +76,7 @@ class Runner:
                 nonlocal is_live
                 is_live = self.tick(clock())
 
-            # One broken tick must not end all others; what broke is tried again.
-            self._guarded("the runner", tick, (Exception,))
+            self._guarded("the runner", tick)
             self._wanted.wait(LIVE_SECONDS if is_live else IDLE_SECONDS)
             self._wanted.clear()
         self._processes.close()
@@ -123,18 +122,13 @@ class Runner:
         read_unread(self._db, self._settings.data_dir)
         self._has_caught_up = True
 
-    def _guarded(
-        self,
-        what: str,
-        attend: Callable[[], None],
-        kinds: tuple[type[Exception], ...] = (OSError, ValueError),
-    ) -> None:
+    def _guarded(self, what: str, attend: Callable[[], None]) -> None:
         try:
             attend()
             self._troubles.pop(what, None)
-        except kinds as error:
-            # A full disk or a damaged folder is that one's trouble alone, may pass, and is told
-            # once, not ten times a second.
+        except Exception as error:
+            # A full disk, a damaged folder, a fault of ours: it is that one's trouble alone, may
+            # pass, and is told once, not ten times a second.
             if self._troubles.get(what) != str(error):
                 logger.exception("Attending to %s failed; it is tried again.", what)
             self._troubles[what] = str(error)

@@ -5,7 +5,7 @@ import json
 import os
 import struct
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -37,6 +37,13 @@ class Record(NamedTuple):
     sequence: int
     kind: str
     payload: dict[str, Any]
+
+
+class BadRecord(ValueError):
+    """A record that is whole, and yet nothing that a loop writes."""
+
+    def __init__(self, sequence: int, kind: str, why: str) -> None:
+        super().__init__(f"Record {sequence} ({kind}) of telemetry.spool: {why}.")
 
 
 class SpoolWriter:
@@ -74,13 +81,23 @@ class SpoolWriter:
 
 
 def read_spool(
-    path: Path, offset: int = 0, limit_bytes: int = 4 * 2**20
+    path: Path,
+    offset: int = 0,
+    limit_bytes: int = 4 * 2**20,
+    check: Callable[[Record], None] | None = None,
 ) -> tuple[list[Record], int]:
     """Read the whole records from ``offset`` on, about ``limit_bytes`` of them.
+
+    Args:
+        check: raises BadRecord for one that is not to be believed.
 
     Returns:
         The records, and the offset behind them. It stops before the first record that is torn (its
         writer is in the middle of it, or was killed there) or corrupt: the offset stays in front.
+
+    Raises:
+        BadRecord: the one at ``offset`` is whole, and nothing that a loop writes. Where there are
+            good ones before it they come first, and it is raised by the next call.
     """
     try:
         with path.open("rb") as file:
@@ -92,11 +109,17 @@ def read_spool(
                     data += file.read(missing)
     except FileNotFoundError:
         return [], offset
-    records = []
+    records: list[Record] = []
     position = 0
-    while record := _unpack_record(data, position):
-        records.append(record[0])
-        position = record[1]
+    try:
+        while found := _unpack_record(data, position):
+            if check is not None:
+                check(found[0])
+            records.append(found[0])
+            position = found[1]
+    except BadRecord:
+        if not records:
+            raise
     return records, offset + position
 
 
@@ -109,9 +132,14 @@ def _unpack_record(data: bytes, start: int) -> tuple[Record, int] | None:
     if len(body) < max(length, _HEADER.size) or zlib.crc32(body) != checksum:
         return None
     attempt, sequence, number = _HEADER.unpack_from(body)
+    if not 0 < number <= len(_KINDS):
+        raise BadRecord(sequence, str(number), "there is no such kind")
     kind = _KINDS[number - 1]
     payload = body[_HEADER.size :]
-    decoded = _unpack_layers(payload) if kind == "layers" else _unpack_json(kind, payload)
+    try:
+        decoded = _unpack_layers(payload) if kind == "layers" else _unpack_json(kind, payload)
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError, struct.error) as error:
+        raise BadRecord(sequence, kind, f"it cannot be read: {error!r}") from error
     return Record(attempt, sequence, kind, decoded), body_start + length
 
 
@@ -134,6 +162,8 @@ def _pack_json(payload: Mapping[str, Any]) -> bytes:
 
 def _unpack_json(kind: str, packed: memoryview) -> dict[str, Any]:
     payload: dict[str, Any] = json.loads(bytes(packed))
+    if not isinstance(payload, dict):
+        raise TypeError("no object")
     if kind == "metrics":
         values = payload["values"]
         payload["values"] = {
@@ -156,6 +186,8 @@ def _unpack_layers(packed: memoryview) -> dict[str, Any]:
     step, count = struct.unpack_from("<QI", packed)
     values: list[float | None] = list(struct.unpack_from(f"<{3 * count}d", packed, 12))
     present = bytes(packed[12 + 24 * count :])
+    if len(present) != 3 * count:
+        raise ValueError("a mark for each value is missing")
     if not all(present):
         values = [value if there else None for value, there in zip(values, present, strict=True)]
     columns = (values[i * count : (i + 1) * count] for i in range(3))

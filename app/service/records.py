@@ -133,17 +133,17 @@ class Records(Jobs):
             try:
                 size = sum(file.stat().st_size for file in path.iterdir())
                 written = datetime.fromtimestamp(path.stat().st_mtime, UTC)
-            except FileNotFoundError:
-                continue  # the worker keeps the last few, and has just removed this one
+            except (FileNotFoundError, NotADirectoryError):
+                continue  # the worker has just removed this one, or never wrote it as a folder
             found.append({"step": step, "bytes": size, "created_at": iso(written)})
         return found
 
     def checkpoint_file(self, job_id: int, step: int) -> Path:
         """The model's tensors after `step` steps, as a safetensors file."""
         self.get_job(job_id)
-        checkpoints = job_folder.checkpoints_folder(self._folder(job_id))
+        checkpoints = job_folder.checkpoints_folder(self._folder(job_id)).resolve()
         path = checkpoint_path(checkpoints, step) / "model.safetensors"
-        if not path.is_file():
+        if not path.is_file() or path.resolve() != path:  # a link that user code put there
             raise NotFound(f"Job {job_id} has no checkpoint of step {step}.")
         return path
 

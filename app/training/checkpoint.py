@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -111,18 +112,21 @@ def read_checkpoint(path: Path) -> Checkpoint:
         manifest = json.loads((path / MANIFEST_FILE).read_text())
         if manifest["format"] != FORMAT:
             raise CorruptCheckpoint(f"{path.name} has format {manifest['format']!r}, not {FORMAT}.")
-        for name, entry in manifest["files"].items():
-            if _describe_file(path / name) != entry:
+        files = dict(manifest["files"])
+        if missing := {MODEL_FILE, TRAINER_FILE, STATE_FILE} - set(files):
+            raise CorruptCheckpoint(f"{path.name} has no {min(missing)} in its manifest.")
+        for name, entry in files.items():
+            if Path(name).name != name or _describe_file(path / name) != entry:
                 raise CorruptCheckpoint(f"{path.name}: {name} is not what was written.")
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        return Checkpoint(
+            step=int(manifest["step"]),
+            model=load_file(path / MODEL_FILE),
+            trainer=load_file(path / TRAINER_FILE),
+            state=dict(json.loads((path / STATE_FILE).read_text())),
+            base=manifest.get("base"),
+        )
+    except (OSError, ValueError, LookupError, TypeError, RecursionError, SafetensorError) as error:
         raise CorruptCheckpoint(f"{path.name} cannot be read: {error}") from error
-    return Checkpoint(
-        step=manifest["step"],
-        model=load_file(path / MODEL_FILE),
-        trainer=load_file(path / TRAINER_FILE),
-        state=json.loads((path / STATE_FILE).read_text()),
-        base=manifest.get("base"),
-    )
 
 
 def delete_checkpoint(folder: Path, step: int) -> None:

@@ -20,5 +20,5 @@ def checkpoint_steps(checkpoints: Path) -> list[int]:
         names = [path.name for path in checkpoints.iterdir()]
     except (FileNotFoundError, NotADirectoryError):
         return []
-    found = (re.fullmatch(r"step-(\d{9,})", name) for name in names)
+    found = (re.fullmatch(r"step-(\d{9,15})", name) for name in names)
     return sorted(int(match[1]) for match in found if match)

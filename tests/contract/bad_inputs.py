@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import struct
+import zlib
 from typing import Any
 
 MARKUP = '"><img src=x onerror=alert(1)>'
@@ -317,6 +318,117 @@ WEIGHTS: dict[str, bytes] = {
     "a pickle": b"\x80\x04\x95\x00\x00\x00\x00\x00\x00\x00\x00.",
     "a zip": b"PK\x03\x04" + b"\x00" * 60,
 }
+
+# -------------------------------------------------------------------- records of a job's spool
+
+
+def record(kind: int, payload: object, sequence: int = 5) -> bytes:
+    """A record whose length and checksum are right, behind four others."""
+    text = payload if isinstance(payload, bytes) else json.dumps(payload).encode()
+    body = struct.pack("<IQB", 1, sequence, kind) + text
+    return struct.pack("<II", len(body), zlib.crc32(body)) + body
+
+
+START: dict[str, Any] = {"step": 0, "layers": ["l1", "l2"], "total_steps": 9, "warnings": []}
+METRICS: dict[str, Any] = {"step": 1, "epoch": 0.1, "values": {"loss": 1.0}, "step_ms": 1.0}
+_COUNTS = {"checked": 1, "identical": 1, "changed": []}
+PROOF: dict[str, Any] = {
+    "verdict": "holds",
+    "step": 1,
+    "frozen": _COUNTS,
+    "trained": {"checked": 1, "moved": 1, "still": []},
+    "buffers": _COUNTS,
+}
+FREEZE: dict[str, Any] = {"step": 1, "seq": 1, "config": {"schedule": []}}
+
+SPOOL_RECORDS: dict[str, bytes] = {
+    "of kind 0": record(0, {}),
+    "of kind 200": record(200, {}),
+    "no JSON": record(3, b"{oops"),
+    "not UTF-8": record(3, b'{"\xff": 1}'),
+    "a list": record(3, []),
+    "a number": record(1, 3),
+    "null": record(5, None),
+    "deep": record(5, b'{"a":' * 100_000),
+    "empty": record(3, b""),
+    "a sequence of 2 to the 64": record(3, METRICS, 2**64 - 1),
+    "a start without layers": record(1, {"step": 0}),
+    "a start with layers of numbers": record(1, {**START, "layers": [1, 2]}),
+    "a start that estimates one of two": record(1, {**START, "estimated": [True]}),
+    "a start before the first step": record(1, {**START, "step": -1}),
+    "a start with a device that is an object": record(1, {**START, "device_name": {}}),
+    "a start with one warning that is a text": record(1, {**START, "warnings": "all"}),
+    "a start resumed as no loop resumes": record(1, {**START, "resumed": {"kept": 3}}),
+    "a state that is a number": record(2, {"state": 1}),
+    "a state without one": record(2, {}),
+    "metrics without values": record(3, {"step": 1, "epoch": 0.1}),
+    "metrics of a text": record(3, {**METRICS, "values": {"loss": "much"}}),
+    "metrics of a list": record(3, {**METRICS, "values": {"loss": [1.0]}}),
+    "metrics of no object": record(3, {**METRICS, "values": [1.0]}),
+    "metrics at a step that is a text": record(3, {**METRICS, "step": "1"}),
+    "metrics at half a step": record(3, {**METRICS, "step": 1.5}),
+    "metrics at step minus one": record(3, {**METRICS, "step": -1}),
+    "metrics at step 2 to the 63": record(3, {**METRICS, "step": 2**63}),
+    "metrics in an epoch that is a list": record(3, {**METRICS, "epoch": []}),
+    "metrics that took a text": record(3, {**METRICS, "step_ms": "long"}),
+    "metrics with a name of megabytes": record(3, {**METRICS, "values": {"x" * 2**21: 1.0}}),
+    "layers cut off": record(4, struct.pack("<QI", 1, 2) + b"\x00" * 20),
+    "layers without a head": record(4, b"\x00"),
+    "four billion layers": record(4, struct.pack("<QI", 1, 2**32 - 1) + b"\x00" * 40),
+    "layers at step 2 to the 64": record(
+        4, struct.pack("<QI3d", 2**64 - 1, 1, 1, 1, 1) + b"\1\1\1"
+    ),
+    "layers without marks": record(4, struct.pack("<QI3d", 1, 1, 1, 1, 1)),
+    "a proof of another verdict": record(5, {**PROOF, "verdict": MARKUP}),
+    "a proof without counts": record(5, {"verdict": "holds", "step": 1}),
+    "a proof with a count that is a text": record(
+        5, {**PROOF, "frozen": {**_COUNTS, "checked": "1"}}
+    ),
+    "a proof whose list is a number": record(5, {**PROOF, "frozen": {**_COUNTS, "changed": 3}}),
+    "a proof with lists in its list": record(5, {**PROOF, "frozen": {**_COUNTS, "changed": [[]]}}),
+    "a freeze without a config": record(8, {"step": 1, "seq": 1}),
+    "a freeze of no schedule": record(8, {**FREEZE, "config": {}}),
+    "a freeze of a bad schedule": record(8, {**FREEZE, "config": {"schedule": [{"match": 3}]}}),
+    "an inspection of uneven lists": record(9, {"step": 1, "unreached": [True], "lost": []}),
+    "an inspection of texts": record(9, {"step": 1, "unreached": ["yes"], "lost": ["no"]}),
+}
+
+RESULTS: dict[str, bytes] = {
+    "no JSON": b"{oops",
+    "empty": b"",
+    "a list": b"[]",
+    "no members": b'{"format": 1}',
+    "another outcome": b'{"format": 1, "outcome": "great", "step": 1, "reason": null, "message": null}',
+    "another reason": b'{"format": 1, "outcome": "failed", "step": 1, "reason": "x", "message": "y"}',
+    "a step that is a text": b'{"format": 1, "outcome": "failed", "step": "1", "reason": null,'
+    b' "message": null}',
+    "a message that is an object": b'{"format": 1, "outcome": "failed", "step": 1, "reason": null,'
+    b' "message": {}}',
+    "not UTF-8": b'{"format": 1, "outcome": "\xff"}',
+    "deep": b'{"format":' * 100_000,
+}  # fmt: skip
+
+# --------------------------------------------------------------- files of a job's checkpoint
+
+MANIFESTS: dict[str, bytes] = {
+    "empty": b"",
+    "no JSON": b"{oops",
+    "not UTF-8": b"\xff\xfe",
+    "deep": b"[" * 100_000,
+    "null": b"null",
+    "a list": b"[]",
+    "a text": b'"manifest"',
+    "no members": b"{}",
+    "another format": b'{"format": 99, "step": 2, "files": {}}',
+    "no files": b'{"format": 1, "step": 2, "files": {}}',
+    "files that are a list": b'{"format": 1, "step": 2, "files": [1, 2]}',
+    "files that are a number": b'{"format": 1, "step": 2, "files": 3}',
+    "a file elsewhere": b'{"format": 1, "step": 2, "files": {"../../../../../etc/passwd":'
+    b' {"bytes": 1, "sha256": ""}, "model.safetensors": 1, "trainer.safetensors": 1,'
+    b' "trainer.json": 1}}',
+    "a file without a digest": b'{"format": 1, "step": 2, "files": {"model.safetensors": {},'
+    b' "trainer.safetensors": {}, "trainer.json": {}}}',
+}  # fmt: skip
 
 # ------------------------------------------------------------------------------ command lines
 

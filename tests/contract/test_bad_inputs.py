@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import shutil
 import socket
 from collections.abc import Callable, Iterator
 from dataclasses import fields
@@ -90,7 +92,8 @@ def prober(server: tuple[Script, Path, int, int]) -> Iterator[Prober]:
 def test_there_are_three_hundred_of_them() -> None:
     tables = (bad.BODIES, bad.VALUES, bad.MODEL_URIS, bad.DATASET_URIS, bad.RULES, bad.PATHS)
     more = (bad.QUERY_VALUES, bad.REQUESTS, bad.WEIGHTS, bad.COMMANDS)
-    assert sum(map(len, (*tables, *more))) >= 450
+    inside = (bad.SPOOL_RECORDS, bad.RESULTS, bad.MANIFESTS)  # tests/worker, tests/unit
+    assert sum(map(len, (*tables, *more, *inside))) >= 500
     for table in (bad.MODEL_URIS, bad.DATASET_URIS, bad.PATHS, bad.QUERY_VALUES):
         assert len(set(table)) == len(table)
 
@@ -417,6 +420,39 @@ def test_weights_that_are_no_weights(
         prober.judge(name, 200, json.dumps(model))
         if model["state"] != "failed" or not model["error"]["message"].endswith("."):
             prober.wrong.append(f"{name}: {model['state']} {model['error']}")
+
+
+def test_checkpoints_that_are_none(prober: Prober) -> None:
+    """What user code may leave where checkpoints lie: listed or not, nothing else is given away."""
+    folder = prober.data_dir / "jobs" / str(prober.job) / "checkpoints"
+    folder.mkdir(exist_ok=True)
+    (folder / "step-000000001").write_text("a file")
+    (folder / "step-99999999999999999999").mkdir()
+    (folder / "step-000000002").symlink_to("/etc")
+    for number, (name, manifest) in enumerate(bad.MANIFESTS.items(), start=3):
+        step = folder / f"step-{number:09d}"
+        step.mkdir()
+        (step / "manifest.json").write_bytes(manifest)
+        (step / "model.safetensors").symlink_to("/etc/passwd")
+        (step / name).mkdir()
+    os.mkfifo(step / "fifo")
+    steps = (0, 1, 2, 3, number, 99999999999999999999)
+    routes = [
+        f"/api/jobs/{prober.job}/checkpoints",
+        *(f"/api/jobs/{prober.job}/checkpoints/{step}/model.safetensors" for step in steps),
+        f"/jobs/{prober.job}",
+        f"/api/jobs/{prober.job}/report",
+        "/system",
+        "/api/system",
+    ]
+    for path in routes:
+        answer = prober.send("checkpoints that are none", "GET", path, headers=OWN_PAGE)
+        if answer.status_code == 200 and path.endswith(".safetensors"):
+            prober.wrong.append(f"{path} gave away what is no checkpoint's")
+    for step in steps:
+        path = f"/api/jobs/{prober.job}/checkpoints/{step}"
+        assert prober.send("no checkpoint", "DELETE", path).status_code in (404, 409, 422)
+    shutil.rmtree(folder)
 
 
 def test_command_lines(

@@ -1,5 +1,7 @@
 """Checkpoints are complete or absent, and say so themselves."""
 
+import hashlib
+import json
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,7 @@ from app.training.checkpoint import (
     write_checkpoint,
 )
 from app.training.places import checkpoint_path, checkpoint_steps
+from tests.contract.bad_inputs import MANIFESTS, WEIGHTS
 from tests.unit.models import make
 
 CHECKPOINT = Checkpoint(7, {"w": torch.arange(3.0)}, {"m": torch.ones(2)}, {"position": 4})
@@ -39,6 +42,29 @@ def test_a_changed_byte_is_noticed(name: str, tmp_path: Path) -> None:
     file.write_bytes(bytes(data))
     with pytest.raises(CorruptCheckpoint):
         read_checkpoint(checkpoint_path(tmp_path, 7))
+
+
+@pytest.mark.parametrize("name", MANIFESTS)
+def test_a_manifest_that_nobody_writes_is_no_checkpoint(name: str, tmp_path: Path) -> None:
+    write_checkpoint(tmp_path, CHECKPOINT)
+    (checkpoint_path(tmp_path, 7) / "manifest.json").write_bytes(MANIFESTS[name])
+    with pytest.raises(CorruptCheckpoint, match=r"^step-000000007[^\n]{,500}$"):
+        read_checkpoint(checkpoint_path(tmp_path, 7))
+
+
+@pytest.mark.parametrize("name", WEIGHTS)
+def test_tensors_that_are_none_are_no_checkpoint_even_with_their_digest(
+    name: str, tmp_path: Path
+) -> None:
+    write_checkpoint(tmp_path, CHECKPOINT)
+    folder = checkpoint_path(tmp_path, 7)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    (folder / "model.safetensors").write_bytes(WEIGHTS[name])
+    digest = hashlib.sha256(WEIGHTS[name]).hexdigest()
+    manifest["files"]["model.safetensors"] = {"bytes": len(WEIGHTS[name]), "sha256": digest}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(CorruptCheckpoint, match=r"^[^\n]{,500}$"):
+        load_model_tensors(make("tied")[0], read_checkpoint(folder).model)
 
 
 def test_a_missing_file_is_noticed(tmp_path: Path) -> None:

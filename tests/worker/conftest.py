@@ -1,6 +1,9 @@
-"""Real keepers and real job folders."""
+"""Real keepers, real job folders, and a worker that heeds nothing."""
 
+import contextlib
 import signal
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -70,3 +73,29 @@ def cold_keeper(tmp_path: Path) -> Iterator[Keeper]:
     yield keeper
     keeper.close()
     wait_until_left(tmp_path / "data")
+
+
+@pytest.fixture
+def deaf_worker() -> Iterator[Callable[[Path], subprocess.Popen[bytes]]]:
+    """Makes a real process that holds an attempt and heeds nothing."""
+    with contextlib.ExitStack() as stack:
+
+        def make(directory: Path) -> subprocess.Popen[bytes]:
+            code = (
+                "import sys; from pathlib import Path; from app.jobs.folder import hold_lock;"
+                "hold_lock(Path(sys.argv[1])); print(flush=True); sys.stdin.read()"
+            )
+            worker = stack.enter_context(
+                subprocess.Popen(
+                    [sys.executable, "-c", code, str(directory)],
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    start_new_session=True,
+                )
+            )
+            stack.callback(worker.kill)
+            assert worker.stdout is not None
+            worker.stdout.readline()
+            return worker
+
+        yield make

@@ -1,11 +1,8 @@
 """The runner, tick by tick, against a keeper whose workers are played by the test itself."""
 
-import contextlib
 import os
 import signal
-import subprocess
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,32 +18,6 @@ from app.store import jobs
 from app.store.tables import Attempt, Job, Task
 from app.training.places import checkpoint_path
 from tests.worker.silly_house import GPUS, GRAPH, House, loss
-
-
-@pytest.fixture
-def deaf_worker() -> Iterator[Callable[[Path], subprocess.Popen[bytes]]]:
-    """Makes a real process that holds an attempt and heeds nothing."""
-    with contextlib.ExitStack() as stack:
-
-        def make(directory: Path) -> subprocess.Popen[bytes]:
-            code = (
-                "import sys; from pathlib import Path; from app.jobs.folder import hold_lock;"
-                "hold_lock(Path(sys.argv[1])); print(flush=True); sys.stdin.read()"
-            )
-            worker = stack.enter_context(
-                subprocess.Popen(
-                    [sys.executable, "-c", code, str(directory)],
-                    stdin=subprocess.PIPE,
-                    stdout=subprocess.PIPE,
-                    start_new_session=True,
-                )
-            )
-            stack.callback(worker.kill)
-            assert worker.stdout is not None
-            worker.stdout.readline()
-            return worker
-
-        yield make
 
 
 @pytest.fixture
