@@ -160,7 +160,8 @@ def time_step(make: Callable[[], nn.Module], batch: torch.Tensor, tool: Any) -> 
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     targets = torch.randint(0, 10, (len(batch),))
     whole, added = [], []
-    with tempfile.TemporaryDirectory() as folder:
+    # A writer's thread may put a last file there while the folder goes.
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         before, after = tool(model, folder)
         for _ in range(STEPS + WARM):
             began = time.process_time()
@@ -189,17 +190,27 @@ def main(rounds: int = 3) -> None:
         size = sum(p.numel() for p in make().parameters())
         print(f"{name}: {size:,} parameters, {statistics.median(bare):.1f} ms of the CPU a step")
         for tool, around in TOOLS.items():
-            try:
-                pairs = []
-                for _ in range(rounds):  # each round beside a step without any tool
-                    plain = time_step(make, batch, nothing)[0]
-                    pairs.append((plain, *time_step(make, batch, around)))
-            except ImportError as error:
-                print(f"  {tool:24} not compared: {error}; pip install -e '.[bench]' brings it")
-                continue
-            ratio = statistics.median(whole / plain for plain, whole, _ in pairs)
-            share = statistics.median(100 * added / (whole - added) for _, whole, added in pairs)
-            print(f"  {tool:24} {ratio:6.2f} × a step; {share:7.2f} % around the update")
+            compare(tool, around, make, batch, rounds)
+        # What measuring costs goes by parameters, what a step costs by examples too.
+        four = torch.cat([batch] * 4)
+        compare("frostline, batch × 4", ours, make, four, rounds)
+
+
+def compare(
+    tool: str, around: Any, make: Callable[[], nn.Module], batch: torch.Tensor, rounds: int
+) -> None:
+    """Print what a tool adds to a step, each round beside a step without any."""
+    try:
+        pairs = []
+        for _ in range(rounds):
+            plain = time_step(make, batch, nothing)[0]
+            pairs.append((plain, *time_step(make, batch, around)))
+    except ImportError as error:
+        print(f"  {tool:24} not compared: {error}; pip install -e '.[bench]' brings it")
+        return
+    ratio = statistics.median(whole / plain for plain, whole, _ in pairs)
+    share = statistics.median(100 * added / (whole - added) for _, whole, added in pairs)
+    print(f"  {tool:24} {ratio:6.2f} × a step; {share:7.2f} % around the update")
 
 
 if __name__ == "__main__":

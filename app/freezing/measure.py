@@ -17,6 +17,9 @@ SAMPLE, RUNS = 4096, 256
 # The exact pass looks at no more elements at a time, because it needs a copy of them.
 EXACT_ELEMENTS = 2**26
 EXACT_EVERY = 100
+# What is looked at lies in blocks of so many numbers, each of one tensor: their sums of squares
+# take one operation, where one for each tensor costs more than all the numbers.
+BLOCK = 256
 
 
 @dataclass(frozen=True)
@@ -120,20 +123,18 @@ class LayerMeasure:
             The total norm over what is not frozen, a float64 scalar on the device.
         """
         self._frozen = frozen
-        gradients, active, counted = [], [], []
-        for i, (name, parameter) in enumerate(zip(self._names, self._parameters, strict=True)):
-            if (gradient := parameter.grad) is not None:
-                gradients.append(gradient)
-                active.append(i)
-                if not frozen[name]:
-                    counted.append(i)
+        gradients = [parameter.grad for parameter in self._parameters]
+        active = [i for i, gradient in enumerate(gradients) if gradient is not None]
+        counted = [i for i in active if not frozen[self._names[i]]]
         if active != self._active or counted != self._counted:
             self._active, self._counted = active, counted
             self._active_index, self._counted_index = self._index(active), self._index(counted)
             self._had_gradient.update(active)
-        self._grad_norms = self._scatter(self._norms(gradients))
+        norms = self._norms([gradient for gradient in gradients if gradient is not None])
+        self._grad_norms = self._scatter(norms)
         torch.maximum(self._grad_peak, self._grad_norms, out=self._grad_peak)
-        return torch.linalg.vector_norm(self._grad_norms[self._counted_index])
+        of = norms if active == counted else self._grad_norms[self._counted_index]
+        return torch.linalg.vector_norm(of)
 
     @torch.no_grad()
     def before_update(self, turn: int) -> None:
@@ -152,7 +153,7 @@ class LayerMeasure:
             chunk = self._chunks[passes % len(self._chunks)] if self._chunks else ()
             self._gradients = torch.zeros_like(self._before)
             for i, part in zip(self._active, self._split(self._gradients), strict=True):
-                part.copy_(_sample(self._gradient_like(i)))
+                part.copy_(_sample(self._gradient_like(i)).reshape(part.shape))
         if self._inspects or self._is_exact:
             self._copies = {
                 i: self._parameters[i].clone()
@@ -170,22 +171,19 @@ class LayerMeasure:
         """
         torch._foreach_copy_(self._after_parts, self._seen)
         torch.sub(self._after, self._before, out=self._change)
-        is_new = self._weight_norms is None or self._active != self._weights_of
-        weights = self._parameters if is_new else [self._parameters[i] for i in self._active]
-        changes = self._change_parts
-        norms = self._norms([*changes, *weights])  # one call: each costs as much as ten tensors
-        updates = estimates = self._scatter(norms[: len(changes)] * self._scale)
+        changes, wholes = self._part_norms()
+        updates = estimates = self._scatter(changes * self._scale)
         if self._copies:
             updates = estimates.clone()
             changed = torch._foreach_sub(
                 [self._parameters[i] for i in self._copies], list(self._copies.values())
             )
             updates[list(self._copies)] = self._norms(list(changed))
-        if self._weight_norms is None or is_new:
-            self._weight_norms = norms[len(changes) :]
-        else:
-            self._weight_norms[self._active_index] = norms[len(changes) :]
-        self._weights_of = self._active
+        if self._weight_norms is None or self._active != self._weights_of:
+            self._weight_norms = self._norms(self._parameters)
+            self._weights_of = self._active
+        wholes[self._large_index] = self._norms(self._large)
+        self._weight_norms[self._active_index] = wholes
         self.inspection = self._inspect(step, estimates, updates) if self._inspects else None
         self._copies = {}
         values = self._by_layer(torch.stack([self._grad_norms, updates, self._weight_norms]))
@@ -234,25 +232,38 @@ class LayerMeasure:
         active = set(self._active)
         self._reached = {row for row, column in self._pairs if column in active}
         self._seen = [_sample(tensor) for tensor in tensors]
-        self._lengths = [seen.numel() for seen in self._seen]
+        lengths = [seen.numel() for seen in self._seen]
+        blocks = [-(-length // BLOCK) for length in lengths]
+        owners = [part for part, count in enumerate(blocks) for _ in range(count)]
+        self._owners = self._index(owners)
         wide = any(_width(tensor) == torch.float64 for tensor in tensors)
-        self._before = torch.zeros(
-            sum(self._lengths), dtype=torch.float64 if wide else torch.float32, device=self._device
-        )
-        self._after, self._change = (torch.zeros_like(self._before) for _ in range(2))
-        self._before_parts, self._after_parts, self._change_parts = (
-            self._split(room) for room in (self._before, self._after, self._change)
-        )
+        width = torch.float64 if wide else torch.float32
+        rooms = torch.zeros(3, len(owners) * BLOCK, dtype=width, device=self._device)
+        self._before, self._change, self._after = rooms
+        self._summed = rooms[1:].view(2, -1, BLOCK)
+        self._before_parts, self._after_parts = map(self._split, (self._before, self._after))
         self._stands_for = torch.tensor(
-            [_count(t) / max(1, n) for t, n in zip(tensors, self._lengths, strict=True)],
+            [_count(t) / max(1, n) for t, n in zip(tensors, lengths, strict=True)],
             dtype=torch.float64,
             device=self._device,
         )
         self._scale = self._stands_for.sqrt()
+        large = [part for part, t in enumerate(tensors) if _is_large(t)]
+        self._large_index, self._large = self._index(large), [tensors[part] for part in large]
 
     def _split(self, room: torch.Tensor) -> list[torch.Tensor]:
-        parts = room.split(self._lengths)
-        return [part.view(seen.shape) for part, seen in zip(parts, self._seen, strict=True)]
+        """A part for each tensor that is looked at; the rest of its last block stays zero."""
+        parts, start = [], 0
+        for seen in self._seen:
+            parts.append(room[start : start + seen.numel()].view(seen.shape))
+            start += -(-seen.numel() // BLOCK) * BLOCK
+        return parts
+
+    def _part_norms(self) -> torch.Tensor:
+        """Norms of the changes, and of the weights after them, over what is looked at of each."""
+        squares = torch.linalg.vector_norm(self._summed, dim=2).double().square_()
+        sums = torch.zeros(2, len(self._seen), dtype=torch.float64, device=self._device)
+        return sums.index_add_(1, self._owners, squares).sqrt_()
 
     def _gradient_like(self, index: int) -> torch.Tensor:
         """A parameter's gradient, in memory in the order of the parameter."""
@@ -338,8 +349,9 @@ def _send_home(values: torch.Tensor) -> torch.Tensor:
 def _sample(tensor: torch.Tensor) -> torch.Tensor:
     """A view of all numbers of a tensor, or of runs of them in memory, by its shape alone."""
     tensor = _as_real(tensor.detach())
-    if not (tensor.is_contiguous() or tensor.is_contiguous(memory_format=_by_channels(tensor))):
-        tensor = tensor.contiguous()  # not a parameter that any module makes; it is looked at once
+    outer_first = sorted(range(tensor.dim()), key=tensor.stride, reverse=True)
+    if not tensor.permute(outer_first).is_contiguous():
+        return tensor  # with gaps or overlaps, as no module makes one: all of it
     count = tensor.numel()
     if count <= SAMPLE:
         return tensor.as_strided((count,), (1,), tensor.storage_offset())
@@ -350,11 +362,6 @@ def _sample(tensor: torch.Tensor) -> torch.Tensor:
     while distance > 1 and math.gcd(distance, row) > 1:
         distance -= 1
     return tensor.as_strided((RUNS, run), (distance, 1), tensor.storage_offset())
-
-
-def _by_channels(tensor: torch.Tensor) -> torch.memory_format:
-    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
-    return formats.get(tensor.dim(), torch.contiguous_format)
 
 
 def _chunk(sizes: Sequence[int], most: int) -> list[frozenset[int]]:

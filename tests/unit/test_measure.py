@@ -276,3 +276,33 @@ def test_a_layer_frozen_between_two_measurements_has_its_true_weight_norm() -> N
     model.layer1.requires_grad_(False)
     true_norm = math.sqrt(sum(p.detach().square().sum().item() for p in model.layer1.parameters()))
     assert step_all(measured=True)[0] == pytest.approx(true_norm, rel=1e-5)
+
+
+class Strange(nn.Module):
+    """Parameters that lie in memory as no layer of torch makes them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.turned = nn.Parameter(torch.randn(90, 70).t())
+        self.gapped = nn.Parameter(torch.randn(70, 8)[:, :3])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x @ self.turned.t() @ self.gapped
+
+
+@pytest.mark.parametrize("is_exact", [False, True])
+def test_parameters_that_lie_strangely_in_memory_are_seen_to_move(is_exact: bool) -> None:
+    torch.manual_seed(0)
+    model = Strange()
+    assert not any(parameter.is_contiguous() for parameter in model.parameters())
+    applied = apply_config(model, parse_config({}))
+    measure = LayerMeasure(applied.graph, applied.parameters, is_exact=is_exact)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    model(torch.randn(4, 90)).square().mean().backward()
+    stats = measure_step(measure, applied, optimizer.step)
+    moved = [(p - before[n]).norm() for n, p in model.named_parameters()]
+    exact = torch.stack(moved).norm().item()
+    assert stats.update_norm == [pytest.approx(exact, rel=1e-5 if is_exact else 0.1)]
+    weights = torch.stack([p.detach().norm() for p in model.parameters()]).norm().item()
+    assert stats.weight_norm == [pytest.approx(weights, rel=1e-5)]
