@@ -318,10 +318,10 @@ class LayerMeasure:
         squares.index_add_(-1, self._rows, norms[..., self._columns].square())
         return squares.sqrt()
 
-    def _norms(self, tensors: list[torch.Tensor]) -> torch.Tensor:
+    def _norms(self, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
         """L2 norms of tensors as float64, accumulated in float32 where they are no wider."""
         if tensors and all(t.dtype in _NARROW and not t.is_sparse for t in tensors):
-            return torch.stack(torch._foreach_norm(tensors, 2, dtype=torch.float32)).double()
+            return torch.stack(torch._foreach_norm(list(tensors), 2, dtype=torch.float32)).double()
         values = torch.zeros(len(tensors), dtype=torch.float64, device=self._device)
         for width in (torch.float32, torch.float64):
             chosen = [i for i, t in enumerate(tensors) if (_width(t) == width)]
