@@ -2,6 +2,7 @@
 import uPlot from "./vendor/uplot.js";
 
 const HEIGHT = 190;
+const JUTS = 8; // pixels
 const BUCKETS_PANNED = 120; // of a line in sight
 const BUCKETS_AT_REST = 8_000; // of all lines in sight
 export const SERIES = ["series-1", "series-2", "series-3", "series-4", "series-5", "series-6"];
@@ -186,6 +187,7 @@ export class Chart {
       {
         width: this.width,
         height: HEIGHT,
+        padding: [null, 30, null, null], // half of the last step's number
         series,
         axes: [{ ...axis, size: 26 }, { ...axis, size: 52, values: (_, ticks) => ticks.map((v) => (this.isLog && v % 1 ? "" : brief(shown(v)))) }],
         scales: {
@@ -220,7 +222,8 @@ export class Chart {
     return low === null ? [null, null] : uPlot.rangeNum(low, high, 0.1, true);
   }
 
-  // A column a bucket. Plain rectangles: where no GPU draws, uPlot's bands of twenty series take 150 ms a frame.
+  // A column a bucket, pale; what juts out between its neighbours is drawn full, so that one step of a million is seen.
+  // Plain rectangles: where no GPU draws, uPlot's bands of twenty series take 150 ms a frame.
   drawSpans(plot) {
     const { ctx: context, bbox } = plot;
     const { min, max } = plot.scales.x;
@@ -228,7 +231,7 @@ export class Chart {
     context.beginPath();
     context.rect(bbox.left, bbox.top, bbox.width, bbox.height);
     context.clip();
-    context.globalAlpha = 0.22;
+    const place = (value) => plot.valToPos(value, "y", true);
     this.spans.forEach((span, i) => {
       if (!span) return;
       const { steps } = span;
@@ -238,8 +241,14 @@ export class Chart {
       for (let at = first; at <= last; at++) {
         const right = at + 1 < steps.length ? Math.round(plot.valToPos(steps[at + 1], "x", true)) : left + 1;
         if (span.low[at] !== null && span.high[at] !== null) {
-          const top = plot.valToPos(span.high[at], "y", true);
-          context.fillRect(left, top, Math.max(1, right - left), Math.max(1, plot.valToPos(span.low[at], "y", true) - top));
+          const [top, bottom, width] = [place(span.high[at]), place(span.low[at]), Math.max(1, right - left)];
+          context.globalAlpha = 0.22;
+          context.fillRect(left, top, width, Math.max(1, bottom - top));
+          context.globalAlpha = 1;
+          const above = place(Math.max(span.high[at - 1] ?? span.low[at], span.high[at + 1] ?? span.low[at]));
+          if (above - top > JUTS) context.fillRect(left, top, width, above - top);
+          const below = place(Math.min(span.low[at - 1] ?? span.high[at], span.low[at + 1] ?? span.high[at]));
+          if (bottom - below > JUTS) context.fillRect(left, below, width, bottom - below);
         }
         left = right;
       }

@@ -46,9 +46,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(scope="session")
-def login_link(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("data")
+
+
+@pytest.fixture(scope="session")
+def login_link(data_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The one-time link that a freshly started server prints."""
-    data_dir = tmp_path_factory.mktemp("data")
     command = [sys.executable, "-m", "app", "serve", "--port", "0", "--no-open", "--stop-jobs"]
     environment = {
         **os.environ,

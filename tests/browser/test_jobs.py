@@ -16,7 +16,10 @@ from urllib.parse import urlsplit
 
 import pytest
 from playwright.sync_api import Browser, BrowserContext, Page, expect
+from sqlmodel import Session
 
+from app.store import rollups
+from app.store.db import Database
 from tests.browser.conftest import ROOT, find_violations, photograph
 
 EARLY = {"rules": [{"action": "freeze", "match": "{stem,layer1}.**"}]}
@@ -94,6 +97,62 @@ def ended(browser: Browser, address: str) -> int:
     wait_for(page, job_id, "succeeded")
     context.close()
     return job_id
+
+
+# Of each column of a chart's plot the share of coloured pixels between a fifth and four fifths of
+# its height; grid and axes are grey.
+COLOURED = """(figure) => {
+    const canvas = figure.querySelector("canvas");
+    const inside = figure.querySelector(".u-over").getBoundingClientRect();
+    const whole = canvas.getBoundingClientRect();
+    const scale = canvas.width / whole.width;
+    const [left, top, width, height] = [
+        inside.left - whole.left, inside.top - whole.top + inside.height / 5,
+        inside.width, inside.height * 0.6,
+    ].map((length) => Math.round(length * scale));
+    const {data} = canvas.getContext("2d").getImageData(left, top, width, height);
+    const isColoured = (at) => {
+        const [red, green, blue, alpha] = data.slice(4 * at, 4 * at + 4);
+        return alpha > 60 && Math.max(red, green, blue) - Math.min(red, green, blue) > 40;
+    };
+    return Array.from({length: width}, (_, x) => {
+        let count = 0;
+        for (let y = 0; y < height; y++) count += isColoured(y * width + x);
+        return count / height;
+    });
+}"""
+
+
+def test_one_step_of_a_million_is_seen_in_the_whole_chart(page: Page, data_dir: Path) -> None:
+    """A loss of 1 to 2 over a million steps, and 900 in one of them, as rows in the database."""
+    job = launch(page, "a spike", max_steps=2)
+    wait_for(page, job, "succeeded")
+    steps, spike = 1_000_000, 437_123
+    db = Database(data_dir / "frostline.db")
+
+    def fill(session: Session) -> None:
+        connection = session.connection()
+        connection.exec_driver_sql(
+            "INSERT INTO metric (series_id, step, value)"
+            " WITH RECURSIVE n (i) AS (SELECT 3 UNION ALL SELECT i + 1 FROM n WHERE i < :steps)"
+            " SELECT s.id, i, CASE i WHEN :spike THEN 900.0 ELSE 1 + i % 97 / 97.0 END"
+            " FROM n, series AS s WHERE s.job_id = :job AND s.name = 'loss'",
+            {"steps": steps, "spike": spike, "job": job},
+        )
+        rollups.extend_metrics(connection, job, 0, steps)
+
+    db.write(fill)
+    db.close()
+    open_job(page, job)
+    figure = page.locator("figure.chart", has=page.locator("figcaption", has_text="loss")).first
+    expect(figure.locator(".u-over")).to_be_visible()
+    columns = figure.evaluate(COLOURED)
+    tall = [x for x, share in enumerate(columns) if share > 0.9]
+    assert tall, max(columns)
+    assert len(tall) <= 3, tall
+    assert abs(sum(tall) / len(tall) / len(columns) - spike / steps) < 0.01
+    photograph(page, "spike")
+    send(page, "DELETE", f"/api/jobs/{job}")
 
 
 def test_the_list_steers_filters_and_keeps_itself_current(page: Page, running: int) -> None:
