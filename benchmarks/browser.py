@@ -23,7 +23,7 @@ from playwright.sync_api import Page, sync_playwright
 BLOCKS = 1_111  # of nine modules each, and three more: 10,002 modules
 ROUNDS = 5
 TICKS = 12
-MODEL = f"""
+MODEL = """
 from torch import nn, zeros
 
 
@@ -44,9 +44,9 @@ class Block(nn.Module):
 
 def build():
     model = nn.Sequential()
-    model.add_module("layer", nn.Sequential(*(Block(4) for _ in range({BLOCKS}))))
+    model.add_module("layer", nn.Sequential(*(Block(4) for _ in range(BLOCKS))))
     model.add_module("head", nn.Linear(4, 2))
-    return {{"model": model, "example": zeros(2, 4)}}
+    return {"model": model, "example": zeros(2, 4)}
 """
 # Resolves with the milliseconds from a click to the frame that shows the plan's answer.
 TICK = """
@@ -123,6 +123,20 @@ def ask(address: str, token: str, path: str, body: object = None) -> dict:
         return json.load(answer)
 
 
+def write_model(blocks: int) -> str:
+    """The source of a module `many` whose `build` makes a model of so many blocks."""
+    return f"BLOCKS = {blocks}\n{MODEL}"
+
+
+def add_model(address: str, token: str) -> dict:
+    """The model of `many`, when it has been inspected."""
+    model = ask(address, token, "/models", {"uri": "python:many:build"})
+    while (model := ask(address, token, f"/models/{model['id']}"))["state"] == "inspecting":
+        time.sleep(1)
+    assert model["state"] == "ready", model["error"]
+    return model
+
+
 @contextmanager
 def browse(link: str) -> Iterator[Page]:
     """A page of a headless Chromium that has logged in."""
@@ -169,11 +183,8 @@ def describe(samples: list[float]) -> str:
 
 def main() -> None:
     """Start a server, have it read the model, and measure."""
-    with serve({"many": MODEL}) as (link, address, token):
-        model = ask(address, token, "/models", {"uri": "python:many:build"})
-        while (model := ask(address, token, f"/models/{model['id']}"))["state"] == "inspecting":
-            time.sleep(1)
-        assert model["state"] == "ready", model["error"]
+    with serve({"many": write_model(BLOCKS)}) as (link, address, token):
+        model = add_model(address, token)
         print(f"{model['module_count']:,} modules, {model['tensor_count']:,} tensors")
         with browse(link) as page:
             measure_tree(page, f"{address}/models/{model['id']}")

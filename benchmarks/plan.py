@@ -1,8 +1,9 @@
-"""A plan and a tick over graphs of some sizes, in milliseconds, without torch.
+"""Plans and ticks over graphs of some sizes, in milliseconds, without torch; and the route.
 
 Run alone: python -m benchmarks.plan
 """
 
+import itertools
 import statistics
 import time
 from collections.abc import Callable
@@ -11,6 +12,7 @@ from app.freezing.config import FreezeConfig, Rule
 from app.freezing.graph import ModelGraph, Module, Node, Parameter
 from app.freezing.plan import plan_config
 from app.freezing.presets import tick_module
+from benchmarks.browser import add_model, ask, serve, write_model
 
 LINEARS = ("attention.q", "attention.k", "attention.v", "attention.o", "mlp.up", "mlp.down")
 
@@ -53,7 +55,7 @@ def median_ms(work: Callable[[], object], times: int = 9) -> float:
 
 def main() -> None:
     print("modules   nodes   plan ms   tick ms")
-    for blocks in (25, 220, 1110):
+    for blocks in (25, 220, 555, 1110):
         graph = make_graph(blocks)
         config = FreezeConfig(
             rules=(Rule("freeze", "**"), Rule("unfreeze", f"layers.{{{blocks - 9}..{blocks}}}.**"))
@@ -63,6 +65,20 @@ def main() -> None:
             lambda graph=graph, config=config: tick_module(config, graph, "layers.3.mlp", False)
         )
         print(f"{graph.module_count:7,} {len(graph.nodes):7,} {plan:9.1f} {tick:9.1f}")
+    time_route()
+
+
+def time_route(blocks: int = 222) -> None:
+    """The plan's route over HTTP for a model of about 2,000 modules, another config each time."""
+    with serve({"many": write_model(blocks)}) as (_, address, token):
+        model = add_model(address, token)
+        turns = itertools.count()
+
+        def plan() -> None:
+            rules = [{"action": "freeze", "match": f"layer.{{0..{next(turns)}}}.**"}]
+            ask(address, token, f"/models/{model['id']}/plan", {"rules": rules})
+
+        print(f"route, {model['module_count']:,} modules: {median_ms(plan, 40):.1f} ms")
 
 
 if __name__ == "__main__":
