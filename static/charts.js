@@ -3,6 +3,7 @@ import uPlot from "./vendor/uplot.js";
 
 const HEIGHT = 190;
 const JUTS = 8; // pixels
+const PALE = 0.22;
 const BUCKETS_PANNED = 120; // of a line in sight
 const BUCKETS_AT_REST = 8_000; // of all lines in sight
 export const SERIES = ["series-1", "series-2", "series-3", "series-4", "series-5", "series-6"];
@@ -231,24 +232,29 @@ export class Chart {
     context.beginPath();
     context.rect(bbox.left, bbox.top, bbox.width, bbox.height);
     context.clip();
-    const place = (value) => plot.valToPos(value, "y", true);
+    context.globalAlpha = PALE;
+    const { min: lowest, max: highest } = plot.scales.y;
+    const across = (step) => Math.round(bbox.left + (bbox.width * (step - min)) / (max - min));
+    const place = (value) => bbox.top + (bbox.height * (highest - value)) / (highest - lowest);
     this.spans.forEach((span, i) => {
       if (!span) return;
       const { steps } = span;
       const [first, last] = inSight(steps, min, max);
       context.fillStyle = this.colors[i];
-      let left = Math.round(plot.valToPos(steps[first], "x", true));
+      let left = across(steps[first]);
       for (let at = first; at <= last; at++) {
-        const right = at + 1 < steps.length ? Math.round(plot.valToPos(steps[at + 1], "x", true)) : left + 1;
+        const right = at + 1 < steps.length ? across(steps[at + 1]) : left + 1;
         if (span.low[at] !== null && span.high[at] !== null) {
           const [top, bottom, width] = [place(span.high[at]), place(span.low[at]), Math.max(1, right - left)];
-          context.globalAlpha = 0.22;
           context.fillRect(left, top, width, Math.max(1, bottom - top));
-          context.globalAlpha = 1;
           const above = place(Math.max(span.high[at - 1] ?? span.low[at], span.high[at + 1] ?? span.low[at]));
-          if (above - top > JUTS) context.fillRect(left, top, width, above - top);
           const below = place(Math.min(span.low[at - 1] ?? span.high[at], span.low[at + 1] ?? span.high[at]));
-          if (bottom - below > JUTS) context.fillRect(left, below, width, bottom - below);
+          if (above - top > JUTS || bottom - below > JUTS) {
+            context.globalAlpha = 1;
+            if (above - top > JUTS) context.fillRect(left, top, width, above - top);
+            if (bottom - below > JUTS) context.fillRect(left, below, width, bottom - below);
+            context.globalAlpha = PALE;
+          }
         }
         left = right;
       }
