@@ -2,6 +2,7 @@
 
 const LIVE = ["queued", "starting", "running", "paused", "stopping"];
 const WISH = "frostline-notify";
+const SETTLED_MS = 3000; // an ended job has hardly changed since its page was made: its charts come first
 
 // How long answers take, in milliseconds: a mean that follows the last dozen. Where they take long, pages ask
 // less often, so that a server with many readers beside its jobs keeps answering each of them soon.
@@ -152,12 +153,15 @@ export function startLive() {
   const job = document.querySelector("[data-job]");
   const page = job ? jobSignals(Number(job.dataset.job)) : document.querySelector("[data-live-list]") ? listSignals() : null;
   const banner = startBanner();
+  let wait = job && !LIVE.includes(job.dataset.state) ? SETTLED_MS : 0;
   connect(root, (message) => {
     if (message.kind === "state") page?.hear(message.job);
     else if (message.kind === "ended") announce(root, message);
     else {
       banner(message.kind);
-      if (message.kind === "open") page?.all(); // what happened before, or while it was lost
+      if (message.kind !== "open") return;
+      setTimeout(() => page?.all(), wait); // what happened before, or while it was lost
+      wait = 0;
     }
   });
   document.addEventListener("visibilitychange", () => !document.hidden && page?.all());
