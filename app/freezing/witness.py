@@ -93,7 +93,10 @@ class Witness:
         groups: dict[int, Group] | None = None
         for name, parameter in self._watched.items():
             self._note_write(name, parameter)
-            if parameter.grad is None or (name in self._steps and name in self.gradients):
+            is_told = name in self._steps and (
+                name in self.gradients or self._mechanism != "requires_grad"
+            )
+            if parameter.grad is None or is_told:
                 continue
             if groups is None:
                 groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
@@ -120,7 +123,7 @@ class Witness:
         kind = type(optimizer).__name__
         if self._mechanism == "zero_lr" and not group["lr"]:
             return None  # as it should be: a step of size zero
-        if self._mechanism == "zero_grad" or not parameter.grad.count_nonzero():
+        if not parameter.grad.count_nonzero():
             state = optimizer.state.get(parameter) or {}
             movers = {
                 "weight decay": group.get("weight_decay"),
@@ -129,6 +132,8 @@ class Witness:
             }
             by = " and ".join(words for words, moves in movers.items() if moves)
             return f"{by} moved it, although its gradient was zero ({kind})" if by else None
+        if self._mechanism == "zero_grad":
+            return f"its gradient was not zeroed before the step, and {kind} moved it"
         if self._mechanism == "requires_grad" and parameter.requires_grad:
             return f"its `requires_grad` was set back: it got a gradient, and {kind} moved it"
         if self._mechanism == "requires_grad":

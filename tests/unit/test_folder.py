@@ -1,5 +1,6 @@
 """The job folder: what one end writes, the other reads, whatever happens in between."""
 
+import fcntl
 import json
 import math
 import os
@@ -292,6 +293,41 @@ def test_a_forked_child_does_not_keep_a_dead_workers_lock(tmp_path: Path) -> Non
         os.kill(child, 0)  # it lives
         assert not job_folder.is_held(attempt)
         os.kill(child, signal.SIGKILL)
+
+
+@pytest.mark.parametrize(
+    ("started", "host", "is_locked", "lives"),
+    [
+        (0, None, True, True),
+        (-1, None, True, False),  # a stranger has its pid, and a child of it the lock
+        (0, None, False, False),  # its pid and start time are known, and nobody has the lock
+        (0, "another boot", False, False),
+        (0, "another machine", True, True),  # which alone can tell more
+    ],
+)
+def test_a_reused_pid_and_a_boot_bring_nobody_back_to_life(
+    tmp_path: Path, started: int, host: str | None, is_locked: bool, lives: bool
+) -> None:
+    attempt = make_attempt(tmp_path)
+    with start_holder(attempt) as process:
+        assert process.stdout
+        process.stdout.readline()
+        lock = job_folder.read_document(attempt / "lock")
+        assert lock is not None
+        process.kill()
+    stranger = subprocess.Popen(["sleep", "60"], start_new_session=True)
+    try:
+        ticks = int(Path(f"/proc/{stranger.pid}/stat").read_text().rpartition(")")[2].split()[19])
+        named = {"pid": stranger.pid, "started": ticks + started, "host": host or lock["host"]}
+        (attempt / "lock").write_text(json.dumps({**lock, **named}))
+        with (attempt / "lock").open() as held:
+            if is_locked:
+                fcntl.flock(held, fcntl.LOCK_EX)
+            assert job_folder.is_held(attempt) is lives
+            assert job_folder.signal_holder(attempt, signal.SIGTERM) is (lives and host is None)
+    finally:
+        stranger.kill()
+        stranger.wait()
 
 
 def test_of_many_workers_one_gets_the_attempt_while_somebody_looks(tmp_path: Path) -> None:

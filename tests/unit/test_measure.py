@@ -207,6 +207,8 @@ def test_norms_are_wide_whatever_the_weights_are_in() -> None:
     applied = apply_config(model, parse_config({}))
     measure = LayerMeasure(applied.graph, applied.parameters)
     model.weight.grad = torch.full_like(model.weight, 3.0)
+    (left_to_itself,) = torch._foreach_norm([model.weight.grad])
+    assert left_to_itself.dtype == torch.bfloat16
     stats = measure_step(measure, applied, lambda: None)
     assert stats.grad_norm == [pytest.approx(900.0, rel=1e-6)]  # bf16 would say 900 ± 4
 

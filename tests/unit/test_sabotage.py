@@ -1,5 +1,6 @@
 """Ways in which something "frozen" moves all the same: each is caught and named."""
 
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -11,6 +12,7 @@ from app.freezing.apply import Freeze, apply_config
 from app.freezing.config import parse_config
 from app.freezing.proof import Proof
 from tests.unit.models import Convolutional, Plain, Tied, make
+from tests.unit.optimizers import IMPLEMENTATIONS, KINDS
 from tests.unit.runs import freeze
 
 Optimizer = torch.optim.Optimizer
@@ -100,6 +102,19 @@ def an_average_is_copied_back(model: Plain, *_: Any) -> Iterator[None]:
         parameter.data.copy_(average[name])
 
 
+@breaks("plain", "layer1", LAYER1, "behind autograd")
+def a_hook_keeps_an_average_and_swaps_it_in(model: Plain, _: Freeze, optimizer: Optimizer) -> None:
+    average = [p.detach().clone() for p in model.parameters()]
+
+    def swap(*_: Any) -> None:
+        for kept, parameter in zip(average, model.parameters(), strict=True):
+            for _ in range(50):
+                kept.mul_(0.9999).add_(parameter.detach(), alpha=1 - 0.9999)
+            parameter.data.copy_(kept)
+
+    optimizer.register_step_post_hook(swap)
+
+
 @breaks("plain", "layer1", LAYER1, "went through float16")
 def weights_go_through_half_precision(model: Plain, *_: Any) -> Iterator[None]:
     yield
@@ -165,21 +180,13 @@ def leave_gradient(model: Plain, *_: Any) -> None:
         parameter.grad = torch.ones_like(parameter)
 
 
-for kind, maker in {
-    "sgd": torch.optim.SGD,
-    "adam": torch.optim.Adam,
-    "adamw": torch.optim.AdamW,
-}.items():
-    for how, chosen in {
-        "for_loop": {"foreach": False},
-        "foreach": {"foreach": True},
-        "fused": {"fused": True},
-    }.items():
+for kind, maker in KINDS.items():
+    for how, chosen in IMPLEMENTATIONS.items():
 
         def stale_gradient(model: Plain, *_: Any) -> None:
             leave_gradient(model)
 
-        stale_gradient.__name__ = f"a_stale_gradient_moves_it_with_{kind}_{how}"
+        stale_gradient.__name__ = f"a_stale_gradient_moves_it_{kind}_{how}"
         breaks("plain", "layer1", LAYER1, "a gradient lay on it", maker, lr=0.1, **chosen)(
             stale_gradient
         )
@@ -194,47 +201,40 @@ def zero_gradients(model: Plain, *_: Any) -> Iterator[None]:
         parameter.grad = torch.zeros_like(parameter)
 
 
-@breaks(
-    "plain", "layer1", LAYER1, "weight decay moved it", torch.optim.AdamW, lr=0.1, weight_decay=0.1
-)
-def decoupled_decay_moves_it_with_zero_gradients(model: Plain, *rest: Any) -> Iterator[None]:
-    return zero_gradients(model)
+def fill_state(model: Plain, optimizer: Optimizer) -> None:
+    """Momentum or moments, as steps before the freeze leave them."""
+    for parameter in model.parameters():
+        full = torch.ones_like(parameter)
+        if isinstance(optimizer, torch.optim.SGD):  # fused takes it for all or for none
+            optimizer.state[parameter]["momentum_buffer"] = full
+        else:
+            moments = {"exp_avg": full, "exp_avg_sq": full.clone()}
+            optimizer.state[parameter] = {"step": torch.tensor(3.0), **moments}
 
 
-@breaks(
-    "plain", "layer1", LAYER1, "weight decay moved it", torch.optim.Adam, lr=0.1, weight_decay=0.1
-)
-def coupled_decay_moves_it_with_zero_gradients(model: Plain, *rest: Any) -> Iterator[None]:
-    return zero_gradients(model)
+for kind, maker in KINDS.items():
+    for how, chosen in IMPLEMENTATIONS.items():
 
+        def decay_alone(model: Plain, *_: Any) -> Iterator[None]:
+            return zero_gradients(model)
 
-@breaks(
-    "plain", "layer1", LAYER1, "weight decay moved it", torch.optim.SGD, lr=0.1, weight_decay=0.1
-)
-def sgds_decay_moves_it_with_zero_gradients(model: Plain, *rest: Any) -> Iterator[None]:
-    return zero_gradients(model)
+        decay_alone.__name__ = f"decay_moves_it_with_zero_gradients_{kind}_{how}"
+        breaks(
+            "plain", "layer1", LAYER1, "weight decay moved it", maker, lr=0.1, weight_decay=0.1,
+            **chosen,
+        )(decay_alone)  # fmt: skip
 
+        def state_alone(model: Plain, _: Freeze, optimizer: Optimizer) -> Iterator[None]:
+            fill_state(model, optimizer)
+            return zero_gradients(model)
 
-@breaks("plain", "layer1", LAYER1, "momentum moved it", torch.optim.SGD, lr=0.1, momentum=0.9)
-def momentum_moves_it_with_zero_gradients(
-    model: Plain, _: Freeze, optimizer: Optimizer
-) -> Iterator[None]:
-    for parameter in model.layer1.parameters():
-        optimizer.state[parameter]["momentum_buffer"] = torch.ones_like(parameter)
-    return zero_gradients(model)
-
-
-@breaks("plain", "layer1", LAYER1, "Adam's moments moved it", torch.optim.Adam, lr=0.1)
-def adams_moments_move_it_with_zero_gradients(
-    model: Plain, _: Freeze, optimizer: Optimizer
-) -> Iterator[None]:
-    for parameter in model.layer1.parameters():
-        optimizer.state[parameter] = {
-            "step": torch.tensor(3.0),
-            "exp_avg": torch.ones_like(parameter),
-            "exp_avg_sq": torch.ones_like(parameter),
-        }
-    return zero_gradients(model)
+        state_alone.__name__ = f"old_state_moves_it_with_zero_gradients_{kind}_{how}"
+        cause, more = (
+            ("momentum moved it", {"momentum": 0.9})
+            if kind == "sgd"
+            else ("Adam's moments moved it", {})
+        )
+        breaks("plain", "layer1", LAYER1, cause, maker, lr=0.1, **more, **chosen)(state_alone)
 
 
 @breaks("plain", "layer1", {"layer1.weight"}, "SGD moved it")
@@ -260,6 +260,23 @@ def a_hand_written_freeze_has_an_exhausted_generator(
             parameter.grad = None
 
     optimizer.register_step_pre_hook(drop_gradients)
+
+
+@breaks(
+    "plain", "layer1", LAYER1, "its gradient was not zeroed", torch.optim.Adam,
+    mechanism="zero_grad",
+)  # fmt: skip
+def an_exhausted_generator_zeroes_gradients_once(
+    model: Plain, applied: Freeze, optimizer: Optimizer
+) -> None:
+    kept = model.layer1.parameters()
+
+    def hold_gradients() -> None:
+        for parameter in kept:
+            assert parameter.grad is not None
+            parameter.grad.zero_()
+
+    applied.hold_gradients = hold_gradients  # type: ignore[method-assign]
 
 
 @breaks("plain", "layer1", LAYER1, "`requires_grad` was set back")
@@ -324,6 +341,12 @@ def a_parametrization_takes_its_place(model: Plain, *_: Any) -> Iterator[None]:
     nn.utils.parametrizations.weight_norm(model.layer1)
 
 
+@breaks("plain", "layer1", {"layer1.weight"}, "parametrization took its place")
+def spectral_norm_takes_its_place(model: Plain, *_: Any) -> Iterator[None]:
+    yield
+    nn.utils.parametrizations.spectral_norm(model.layer1)
+
+
 STATISTICS = {"stem.1.running_mean", "stem.1.running_var", "stem.1.num_batches_tracked"}
 
 
@@ -350,6 +373,17 @@ def statistics_are_reset(model: Convolutional, *_: Any) -> Iterator[None]:
     model.stem[1].running_mean.fill_(1)
     model.stem[1].running_var.fill_(2)
     model.stem[1].num_batches_tracked.fill_(3)
+
+
+def test_there_are_at_least_thirty_ways_each_counted_once() -> None:
+    """One way with another optimizer is the same way."""
+    names = {case.id for case in CASES}
+    assert len(names) == len(CASES)
+    optimizers = tuple(f"_{kind}_{how}" for kind in KINDS for how in IMPLEMENTATIONS)
+    ways = {
+        next((name.removesuffix(o) for o in optimizers if name.endswith(o)), name) for name in names
+    }
+    assert len(ways) >= 30
 
 
 @pytest.mark.parametrize(
@@ -396,3 +430,49 @@ def test_what_moves_is_caught_and_named(
     caught = {c["name"]: c for c in document["frozen"]["changed"] + document["buffers"]["changed"]}
     assert set(caught) == names
     assert all(item["cause"] and cause in item["cause"] for item in caught.values())
+
+
+# ------------------------------------------- buffers that no norm policy holds: named, not a breach
+
+
+class Counting(nn.Linear):
+    """Keeps count of its calls, as some forwards do, in a buffer."""
+
+    def __init__(self, rows: int, columns: int) -> None:
+        super().__init__(rows, columns)
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.calls += 1
+        return super().forward(x)
+
+
+@pytest.mark.parametrize(
+    ("layer", "moves"),
+    [
+        (
+            lambda: nn.utils.parametrizations.spectral_norm(nn.Linear(6, 6)),
+            ["0.parametrizations.weight.0._u", "0.parametrizations.weight.0._v"],
+        ),
+        (lambda: nn.utils.spectral_norm(nn.Linear(6, 6)), ["0.weight_u", "0.weight_v"]),
+        (lambda: Counting(6, 6), ["0.calls"]),
+        (lambda: nn.Linear(6, 6), []),
+    ],
+)
+def test_buffers_that_a_frozen_forward_moves_are_named(
+    layer: Callable[[], nn.Module], moves: list[str]
+) -> None:
+    torch.manual_seed(0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # the older spectral norm is deprecated
+        model = nn.Sequential(layer(), nn.Linear(6, 3))
+    applied = apply_config(model, parse_config(freeze("0")))
+    optimizer = torch.optim.SGD(applied.parameter_groups(0.1), lr=0.1, momentum=0.9)
+    proof = Proof(applied)
+    for _ in range(2):
+        model(torch.randn(4, 6)).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    document = proof.check()
+    assert document["verdict"] == "holds"  # of its parameters
+    assert document["buffers"]["allowed"] == moves

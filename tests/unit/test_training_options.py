@@ -20,6 +20,7 @@ from app.training.loop import NonFinite, Outcome, evaluate
 from app.training.places import checkpoint_path, checkpoint_steps
 from app.training.recipe import parse_recipe
 from tests.unit.models import make
+from tests.unit.optimizers import with_every_optimizer
 from tests.unit.runs import Wish, freeze, make_data, run
 from tests.unit.test_live import HOW, MAKERS
 from tests.unit.test_loop import digest, stop_at
@@ -150,6 +151,27 @@ def test_a_step_that_is_not_finite_may_be_skipped(tmp_path: Path) -> None:
     assert all(math.isfinite(value) for value in told.metrics().values())
     with pytest.raises(NonFinite, match="in step 4"):
         run(make("plain")[0], without_evaluation(), tmp_path / "stops", loss=bad_at(4))
+
+
+@with_every_optimizer
+def test_a_gradient_that_is_not_a_number_is_caught_before_the_step(
+    optimizer: str, implementation: str, tmp_path: Path
+) -> None:
+    """Its loss is zero and as finite as can be."""
+    model, _ = make("plain")
+    before = [p.detach().clone() for p in model.parameters()]
+    losses: list[float] = []
+
+    def loss(output: torch.Tensor, batch: Any) -> torch.Tensor:
+        found = (output * 0.0).square().sum().sqrt()
+        losses.append(found.item())
+        return found
+
+    options = {"optimizer": optimizer, "implementation": implementation, "weight_decay": 0.1}
+    with pytest.raises(NonFinite, match="The gradient norm is nan in step 1"):
+        run(model, without_evaluation(), tmp_path, loss=loss, **options)
+    assert losses == [0.0]
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), before, strict=True))
 
 
 def test_skipping_has_an_end(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The traps of freezing that lie in the training loop, each with every optimizer we offer."""
+"""The traps of freezing, each with every optimizer we offer: see docs/truths.md."""
 
 import warnings
 from pathlib import Path
@@ -10,17 +10,16 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import TensorDataset
 
+from app.freezing.trace import read_model
 from app.sources.datasets import Data
 from app.training.loop import Outcome
 from app.training.optimizer import make_optimizer
 from app.training.places import checkpoint_path
 from app.training.recipe import parse_recipe
 from tests.unit.models import make
+from tests.unit.optimizers import build, with_every_optimizer
 from tests.unit.runs import Told, freeze, make_data, run
-from tests.unit.test_apply import EVERY_OPTIMIZER
 from tests.unit.test_loop import stop_at
-
-with_every_optimizer = pytest.mark.parametrize(("optimizer", "implementation"), EVERY_OPTIMIZER)
 
 
 def chosen(optimizer: str, implementation: str, **more: Any) -> dict[str, Any]:
@@ -31,6 +30,101 @@ def chosen(optimizer: str, implementation: str, **more: Any) -> dict[str, Any]:
 
 def train_set(inputs: torch.Tensor, targets: torch.Tensor) -> Data:
     return Data(train=TensorDataset(inputs, targets), seed_items=False)
+
+
+# -------------------------------------------------- names, ties, and what is equal but not the same
+
+
+@with_every_optimizer
+def test_tied_parameters_are_frozen_as_one_by_either_name(
+    optimizer: str, implementation: str, tmp_path: Path
+) -> None:
+    data = train_set(torch.randint(0, 11, (16, 5)), torch.randint(0, 11, (16,)))
+    for name in ("embedding.weight", "head.weight"):
+        model, _ = make("tied")
+        assert "head.weight" not in dict(model.named_parameters())  # one entry …
+        assert "head.weight" in dict(model.named_parameters(remove_duplicate=False))  # … two names
+        before = model.embedding.weight.detach().clone()
+        _, told = run(
+            model, data, tmp_path / name, config=freeze(name), max_steps=2,
+            **chosen(optimizer, implementation),
+        )  # fmt: skip
+        assert model.head.weight is model.embedding.weight
+        assert torch.equal(model.head.weight, before)
+        assert model.head.weight.grad is None
+        proof = told.of("proof")[-1]
+        assert (proof["verdict"], proof["frozen"]["checked"]) == ("holds", 1)
+
+
+@with_every_optimizer
+def test_parameters_of_equal_value_are_told_apart(
+    optimizer: str, implementation: str, tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 3))
+    model[1].load_state_dict(model[0].state_dict())
+    with torch.no_grad():
+        for layer in model:
+            layer.bias.zero_()
+    assert torch.equal(model[0].bias, model[1].bias)
+    before = model[0].weight.detach().clone()
+    _, told = run(
+        model, make_data((6,)), tmp_path, config=freeze("0"), max_steps=2,
+        **chosen(optimizer, implementation),
+    )  # fmt: skip
+    proof = told.of("proof")[-1]
+    assert proof["verdict"] == "holds"
+    assert (proof["frozen"]["checked"], proof["trained"]["moved"]) == (2, 4)
+    assert torch.equal(model[0].bias, torch.zeros(6))
+    assert torch.equal(model[0].weight, before)
+    assert not torch.equal(model[1].weight, before)
+
+
+class Quantised(nn.Module):
+    """A table of int8 codes beside what trains, as quantised layers keep their weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        codes = torch.arange(-24, 24, dtype=torch.int8).view(8, 6)
+        self.codes = nn.Parameter(codes, requires_grad=False)
+        self.scale, self.head = nn.Parameter(torch.full((8,), 0.05)), nn.Linear(8, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(x @ (self.codes.float() * self.scale[:, None]).t())
+
+
+@with_every_optimizer
+def test_parameters_that_are_no_floats_stay_out_of_the_optimizer(
+    optimizer: str, implementation: str, tmp_path: Path
+) -> None:
+    model = Quantised()
+    codes = model.codes.detach().clone()
+    assert {p.name for p in read_model(model).parameters if not p.floating} == {"codes"}
+    everything = {"rules": [{"action": "unfreeze", "match": "**"}]}
+    for name, config in {"as it came": {}, "everything": everything}.items():
+        _, told = run(
+            model, make_data((6,)), tmp_path / name, config=config, max_steps=2,
+            **chosen(optimizer, implementation),
+        )  # fmt: skip
+        proof = told.of("proof")[-1]
+        assert proof["verdict"] == "holds"
+        assert proof["trained"]["moved"] == 3
+        assert torch.equal(model.codes, codes)
+
+
+@with_every_optimizer
+def test_an_embedding_with_max_norm_is_caught_by_the_job(
+    optimizer: str, implementation: str, tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(11, 4, max_norm=0.1), nn.Flatten(), nn.Linear(20, 3))
+    data = train_set(torch.randint(0, 11, (16, 5)), torch.randint(0, 3, (16,)))
+    _, told = run(
+        model, data, tmp_path, config=freeze("0"), max_steps=2, **chosen(optimizer, implementation)
+    )
+    (changed,) = told.of("proof")[-1]["frozen"]["changed"]
+    assert changed["name"] == "0.weight"
+    assert "max_norm" in changed["cause"]
 
 
 # ------------------------------------------------------------- modules whose hooks never fire
@@ -57,9 +151,14 @@ def test_layers_without_calls_of_their_own_are_measured_and_frozen(
 ) -> None:
     torch.manual_seed(0)
     model = Attending()
+    called: list[str] = []
+    for name, module in model.named_modules():
+        module.register_forward_hook(lambda *_, name=name: called.append(name))
+    model(torch.randn(2, 4, 8))
+    assert (called.count("attention.out_proj"), called.count("shared")) == (0, 2)
     _, told = run(
         model, make_data((4, 8)), tmp_path, config=freeze("place", "attention.out_proj"),
-        **chosen(optimizer, implementation),
+        max_steps=2, **chosen(optimizer, implementation),
     )  # fmt: skip
     layers = told.of("start")[0]["layers"]
     assert layers == ["", "attention", "attention.out_proj", "shared", "head"]
@@ -72,12 +171,31 @@ def test_layers_without_calls_of_their_own_are_measured_and_frozen(
     assert told.of("proof")[-1]["verdict"] == "holds"
 
 
+@with_every_optimizer
+def test_lazy_layers_are_frozen_by_name_once_they_have_shapes(
+    optimizer: str, implementation: str, tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.LazyLinear(8), nn.LazyBatchNorm1d(), nn.LazyLinear(3))
+    model(torch.randn(4, 6))
+    before = model[0].weight.detach().clone()
+    _, told = run(
+        model, make_data((6,)), tmp_path, config=freeze("{0,1}"), max_steps=2,
+        **chosen(optimizer, implementation),
+    )  # fmt: skip
+    proof = told.of("proof")[-1]
+    assert (proof["verdict"], proof["frozen"]["checked"]) == ("holds", 4)
+    assert proof["buffers"]["identical"] == 3
+    assert torch.equal(model[0].weight, before)
+
+
 # --------------------------------------------------------------------------- frozen dropout
 
 
+@with_every_optimizer
 @pytest.mark.parametrize(("policy", "is_random"), [("keep", True), ("off", False)])
 def test_frozen_dropout_stays_random_unless_it_is_turned_off(
-    policy: str, is_random: bool, tmp_path: Path
+    policy: str, is_random: bool, optimizer: str, implementation: str, tmp_path: Path
 ) -> None:
     model, _ = make("convolutional")
     seen: list[torch.Tensor] = []
@@ -87,16 +205,33 @@ def test_frozen_dropout_stays_random_unless_it_is_turned_off(
         )
     )
     config = freeze("{stem,body,branch}.**", dropout=policy)
-    run(model, make_data((2, 6, 6)), tmp_path, config=config, epochs=1)
+    run(
+        model, make_data((2, 6, 6)), tmp_path, config=config, max_steps=2,
+        **chosen(optimizer, implementation),
+    )  # fmt: skip
     assert (max(seen) > 0.1) == is_random
 
 
 # ----------------------------------------------------- small rates in bf16: real changes count
 
 
-@pytest.mark.parametrize(
-    ("optimizer", "implementation"), [(o, i) for o, i in EVERY_OPTIMIZER if o != "sgd"]
-)
+@with_every_optimizer
+def test_weights_of_16_bits_hardly_ever_change_at_a_small_rate(
+    optimizer: str, implementation: str
+) -> None:
+    model, example = make("plain")
+    model.bfloat16()
+    before = torch.cat([p.detach().flatten() for p in model.parameters()])
+    made = build(optimizer, implementation, model.parameters(), lr=1e-5)
+    for _ in range(3):
+        made.zero_grad()
+        model(example.bfloat16()).float().square().mean().backward()
+        made.step()
+    after = torch.cat([p.detach().flatten() for p in model.parameters()])
+    assert (before == after).float().mean() > 0.95
+
+
+@with_every_optimizer
 def test_updates_that_bf16_rounds_away_are_not_reported_as_made(
     optimizer: str, implementation: str, tmp_path: Path
 ) -> None:
@@ -114,6 +249,29 @@ def test_updates_that_bf16_rounds_away_are_not_reported_as_made(
         assert stats["update_norm"][0] == 0.0  # lr·‖g‖ would have said otherwise
     (still,) = told.of("proof")[-1]["trained"]["still"]
     assert still["cause"].startswith("rounded away")
+
+
+@with_every_optimizer
+def test_the_real_update_is_told_and_not_rate_times_gradient(
+    optimizer: str, implementation: str, tmp_path: Path
+) -> None:
+    """By which Adam's would be wrong by orders of magnitude, where gradients are small."""
+    torch.manual_seed(0)
+    model = nn.Linear(64, 3, bias=False)
+    before = model.weight.detach().clone()
+    data = train_set(torch.randn(8, 64), torch.randint(0, 3, (8,)))
+    _, told = run(
+        model, data, tmp_path, lr=1e-3, max_steps=1,
+        loss=lambda output, _: output.square().mean() * 1e-3,
+        **chosen(optimizer, implementation, weight_decay=0.0),
+    )  # fmt: skip
+    (stats,) = told.of("layers")
+    real, guess = stats["update_norm"][0], 1e-3 * stats["grad_norm"][0]
+    assert real == pytest.approx((model.weight.detach() - before).norm().item(), rel=1e-5)
+    if optimizer == "sgd":
+        assert real == pytest.approx(guess, rel=1e-2)
+    else:
+        assert real > 100 * guess
 
 
 # --------------------------------------------------- what hooks see, and steps that AMP skips
@@ -190,12 +348,14 @@ def test_reentrant_checkpointing_over_a_frozen_input_is_found_out(
 ) -> None:
     for reentrant, stays in ((False, set()), (True, {"middle.weight", "middle.bias"})):
         torch.manual_seed(0)
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=".*None of the inputs have requires_grad")
+        with warnings.catch_warnings(record=True) as raised:
+            warnings.simplefilter("always")
             _, told = run(
                 Recomputing(reentrant), make_data((6,)), tmp_path / str(reentrant),
                 config=freeze("first"), epochs=1, **chosen(optimizer, implementation),
             )  # fmt: skip
+        words = " ".join(str(one.message) for one in raised)
+        assert ("None of the inputs have requires_grad" in words) == reentrant  # torch's only word
         still = {item["name"]: item["cause"] for item in told.of("proof")[-1]["trained"]["still"]}
         assert set(still) == stays
         assert all(cause.startswith("unreached") for cause in still.values())

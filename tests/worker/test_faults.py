@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -77,6 +78,16 @@ def test_one_that_is_killed_is_started_three_times_while_it_makes_progress(
         assert job_folder.signal_holder(directory, signal.SIGKILL)
     ended = server.until(job, *ENDED)
     assert (ended["state"], ended["attempt"], ended["restarts_left"]) == ("interrupted", 4, 0)
+
+
+def test_a_death_is_seen_within_two_seconds(server: ServerProcess) -> None:
+    job = server.launch([["train", 100, 5, 0.01]])
+    pid = until_step(server, job, 7)["worker_pid"]
+    killed_at = time.monotonic()
+    os.kill(pid, signal.SIGKILL)
+    eventually(lambda: attempts_of(server, job)[0][1] == "killed")
+    assert time.monotonic() - killed_at < 2
+    assert server.until(job, *ENDED)["state"] == "succeeded"  # it went on by itself
 
 
 @pytest.mark.parametrize("number", [signal.SIGSEGV, signal.SIGBUS, signal.SIGTERM])
@@ -220,9 +231,11 @@ def test_three_jobs_outlive_their_server_and_their_keeper(tmp_path: Path) -> Non
         for job, step in between:  # they train on while nobody is there
             eventually(lambda: len(replay(job_path(server, job))[1]) > step + 5)  # noqa: B023
         server.start()
+        started_at = time.monotonic()
         for job, pid, step in zip(jobs, pids, steps, strict=True):
-            found = until_step(server, job, step)
+            found = until_step(server, job, step + 5)
             assert found["worker_pid"] == pid
+        assert time.monotonic() - started_at < 10
         keeper = find_keeper(server.data_dir)
         assert keeper is not None
         os.kill(keeper, signal.SIGKILL)

@@ -3,6 +3,7 @@
 import os
 import signal
 from collections.abc import Iterator
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -274,6 +275,46 @@ def test_a_new_runner_adopts_what_lives_and_loses_no_record(house: House) -> Non
     assert house.service.read_metrics(1)["loss"]["steps"] == [1, 2]
     assert len(house.keeper.started) == 1
     spool.close()
+
+
+@pytest.mark.parametrize("jump_s", [-3600, 3600])
+def test_a_clock_that_jumps_by_an_hour_ends_and_restarts_nothing(
+    tmp_path: Path, jump_s: int
+) -> None:
+    """As if it had been an hour ahead or behind when everything was written."""
+    house = House(tmp_path, stall_seconds=60)
+    house.add_model()
+    house.tick()
+    house.launch()
+    house.tick()
+    spool = house.play_start()
+    spool.append("metrics", loss(1))
+    house.tick()
+
+    def shift(session: Session) -> None:
+        for row in (session.get_one(Job, 1), session.get_one(Attempt, (1, 1))):
+            for name, value in row.model_dump().items():
+                if name.endswith("_at") and value is not None:
+                    moment = datetime.fromisoformat(value) + timedelta(seconds=jump_s)
+                    setattr(row, name, moment.isoformat(timespec="milliseconds")[:-6] + "Z")
+
+    house.db.write(shift)
+    for path in [house.directory(), *house.directory().parents[1].rglob("*")]:
+        os.utime(path, (path.stat().st_atime, path.stat().st_mtime + jump_s))
+    for is_new in (False, True):
+        house.runner = house.new_runner() if is_new else house.runner
+        for _ in range(20):
+            house.tick(1)
+        assert (house.job()["state"], house.job()["attempt"]) == ("running", 1)
+    assert house.keeper.signals == []
+    spool.append("metrics", loss(2))
+    spool.close()
+    job_folder.write_result(house.directory(), "succeeded", 2)
+    house.play_end()
+    house.tick()
+    assert (house.job()["state"], house.job()["attempt"]) == ("succeeded", 1)
+    assert house.service.read_metrics(1)["loss"]["steps"] == [1, 2]
+    house.db.close()
 
 
 def test_a_worker_that_nobody_saw_end_is_lost(house: House) -> None:
