@@ -203,14 +203,16 @@ def test_sparse_gradients_are_looked_at_like_others() -> None:
 
 
 def test_norms_are_wide_whatever_the_weights_are_in() -> None:
-    model = torch.nn.Linear(300, 300).to(torch.bfloat16)
+    model = torch.nn.Linear(301, 300, bias=False).to(torch.bfloat16)
     applied = apply_config(model, parse_config({}))
     measure = LayerMeasure(applied.graph, applied.parameters)
     model.weight.grad = torch.full_like(model.weight, 3.0)
     (left_to_itself,) = torch._foreach_norm([model.weight.grad])
     assert left_to_itself.dtype == torch.bfloat16
     stats = measure_step(measure, applied, lambda: None)
-    assert stats.grad_norm == [pytest.approx(900.0, rel=1e-6)]  # bf16 would say 900 ± 4
+    true = 3.0 * math.sqrt(301 * 300)
+    assert stats.grad_norm == [pytest.approx(true, rel=1e-6)]
+    assert left_to_itself.item() != pytest.approx(true, rel=1e-3)
 
 
 def test_a_gradient_that_is_not_finite_is_told_as_it_is() -> None:

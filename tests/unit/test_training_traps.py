@@ -10,6 +10,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import TensorDataset
 
+from app.freezing.apply import apply_config
+from app.freezing.config import parse_config
 from app.freezing.trace import read_model
 from app.sources.datasets import Data
 from app.training.loop import Outcome
@@ -106,6 +108,8 @@ def test_parameters_that_are_no_floats_stay_out_of_the_optimizer(
             model, make_data((6,)), tmp_path / name, config=config, max_steps=2,
             **chosen(optimizer, implementation),
         )  # fmt: skip
+        groups = apply_config(model, parse_config(config)).parameter_groups(0.1)
+        assert all(p.is_floating_point() for group in groups for p in group["params"])
         proof = told.of("proof")[-1]
         assert proof["verdict"] == "holds"
         assert proof["trained"]["moved"] == 3
