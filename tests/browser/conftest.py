@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -161,3 +162,36 @@ def find_violations(page: Page) -> list[str]:
 def photograph(page: Page, name: str) -> None:
     SCREENSHOTS.mkdir(exist_ok=True)
     page.screenshot(path=SCREENSHOTS / f"{name}.png")
+
+
+def look_over(page: Page, name: str) -> None:
+    """The page as it is, light and dark, wide and narrow: photographed, accessible, and it fits."""
+    for scheme in ("light", "dark"):
+        page.emulate_media(color_scheme="dark" if scheme == "dark" else "light")
+        for width in (1280, 390):
+            page.set_viewport_size({"width": width, "height": 900})
+            photograph(page, f"{name}-{scheme}-{width}")
+            assert find_violations(page) == [], (name, scheme, width)
+            too_wide = page.evaluate("document.documentElement.scrollWidth - innerWidth")
+            assert too_wide <= 0, (name, scheme, width)
+    page.emulate_media(color_scheme="light")
+    page.set_viewport_size({"width": 1280, "height": 900})
+
+
+@contextmanager
+def serving(data_dir: Path, port: int) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """A server of this test alone, which leaves its jobs running; with its login link."""
+    command = [sys.executable, "-m", "app", "serve", "--port", str(port), "--no-open"]
+    environment = {**os.environ, "FROSTLINE_DATA_DIR": str(data_dir)}
+    process = subprocess.Popen(
+        command, cwd=ROOT, env=environment, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
+    assert process.stdout is not None
+    try:
+        links = (re.search(r"http://\S+link=\S+", line) for line in process.stdout)
+        yield process, next(found.group() for found in links if found)
+    finally:
+        if process.poll() is None:
+            process.send_signal(signal.SIGTERM)
+        process.communicate(timeout=60)

@@ -5,11 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
-import signal
-import subprocess
-import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -20,7 +16,7 @@ from sqlmodel import Session
 
 from app.store import rollups
 from app.store.db import Database
-from tests.browser.conftest import ROOT, find_violations, photograph
+from tests.browser.conftest import find_violations, look_over, photograph, serving
 
 EARLY = {"rules": [{"action": "freeze", "match": "{stem,layer1}.**"}]}
 SEND = """async ([method, path, body]) => {
@@ -243,8 +239,7 @@ def test_the_heatmap_is_read_zoomed_and_drawn_from_by_keys(page: Page, ended: in
     table = page.locator(".heat-table")
     expect(table.locator("tr", has_text="stem.conv")).to_contain_text("frozen")
     expect(table.locator("tr", has_text="layer1.conv1")).to_contain_text("trained")
-    photograph(page, "job-with-phases")
-    assert find_violations(page) == []
+    look_over(page, "job-with-phases")
 
 
 def test_pointing_reads_a_cell_and_dragging_zooms(page: Page, ended: int) -> None:
@@ -294,8 +289,7 @@ def test_a_failure_says_why_and_a_loss_that_is_no_number_is_marked(page: Page) -
     open_job(page, job_id)
     expect(page.get_by_role("alert").first).to_be_visible()
     expect(page.locator("#status")).to_contain_text("Ended by a failure")
-    assert find_violations(page) == []
-    photograph(page, "job-failed")
+    look_over(page, "job-failed")
 
 
 def test_a_job_that_ends_is_told_on_other_pages_and_outside(context: BrowserContext) -> None:
@@ -356,8 +350,7 @@ def test_a_sweep_fills_one_table_and_is_sent_as_one_file(
     expect(page.locator(".curves .chart").first).to_be_visible()
     page.get_by_role("button", name="by time").click()
     expect(page.get_by_text("Time is estimated")).to_be_visible()
-    assert find_violations(page) == []
-    photograph(page, "sweep")
+    look_over(page, "sweep")
     with page.expect_download() as caught:
         page.get_by_role("link", name="Report").click()
     path = tmp_path / "report.html"
@@ -370,8 +363,7 @@ def test_a_sweep_fills_one_table_and_is_sent_as_one_file(
     expect(report.get_by_role("heading", name="three ways")).to_be_visible()
     expect(report.locator("svg").first).to_be_visible()
     assert [url for url in asked if not url.startswith(("file:", "data:"))] == []
-    assert find_violations(report) == []
-    report.screenshot(path=ROOT / "screenshots" / "report.png")
+    look_over(report, "report")
     alone.close()
     page.goto("/compare")
     expect(page.get_by_role("link", name="three ways")).to_be_visible()
@@ -400,27 +392,23 @@ def test_jobs_side_by_side_show_what_differs_and_the_best(page: Page, ended: int
     expect(page.locator("tr", has_text="loss, held out").locator(".best")).to_have_count(1)
     expect(page.locator(".curves .chart").first).to_be_visible()
     expect(page.locator(".ratios tbody tr")).to_have_count(19)
-    photograph(page, "compare-jobs")
-    assert find_violations(page) == []
+    look_over(page, "compare-jobs")
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_pages_of_jobs_are_accessible_and_fit(page: Page, ended: int, scheme: str) -> None:
+def test_pages_of_jobs_are_accessible_and_fit(page: Page, ended: int) -> None:
     running = launch(page, "runs meanwhile", epochs=50_000)
     queued = launch(page, "waits", epochs=1)
     wait_for(page, running, "running")
-    page.emulate_media(color_scheme="dark" if scheme == "dark" else "light")
     pages = {"list": "/jobs", "running": f"/jobs/{running}", "queued": f"/jobs/{queued}"}
     pages |= {"ended": f"/jobs/{ended}", "pair": f"/compare?jobs={ended},{running}"}
     try:
-        for width in (1280, 390):
-            page.set_viewport_size({"width": width, "height": 900})
-            for name, path in pages.items():
-                page.goto(path)
-                photograph(page, f"jobs-{name}-{scheme}-{width}")
-                assert find_violations(page) == [], (name, width)
-                too_wide = page.evaluate("document.documentElement.scrollWidth - innerWidth")
-                assert too_wide <= 0, (name, width)
+        for name, path in pages.items():
+            page.goto(path)
+            look_over(page, f"jobs-{name}")
+        send(page, "POST", f"/api/jobs/{running}/pause", {"mode": "hold"})
+        wait_for(page, running, "paused")
+        open_job(page, running)
+        look_over(page, "jobs-paused")
     finally:
         send(page, "POST", f"/api/jobs/{queued}/stop")
         end(page, running)
@@ -441,25 +429,6 @@ def test_nothing_jumps_while_a_page_is_live(page: Page, running: int) -> None:
         before = gauge.inner_text()
         expect(gauge).not_to_have_text(before)
     assert page.evaluate("shifted") < 0.01
-
-
-@contextmanager
-def serving(data_dir: Path, port: int) -> Iterator[tuple[subprocess.Popen[str], str]]:
-    """A server of this test alone, which leaves its jobs running; with its login link."""
-    command = [sys.executable, "-m", "app", "serve", "--port", str(port), "--no-open"]
-    environment = {**os.environ, "FROSTLINE_DATA_DIR": str(data_dir)}
-    process = subprocess.Popen(
-        command, cwd=ROOT, env=environment, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-    )  # fmt: skip
-    assert process.stdout is not None
-    try:
-        links = (re.search(r"http://\S+link=\S+", line) for line in process.stdout)
-        yield process, next(found.group() for found in links if found)
-    finally:
-        if process.poll() is None:
-            process.send_signal(signal.SIGTERM)
-        process.communicate(timeout=60)
 
 
 def test_a_page_outlives_its_server(browser: Browser, tmp_path: Path) -> None:
