@@ -177,7 +177,7 @@ export class Chart {
       const level = raw ?? plot.data[index].findLast((v) => v != null);
       return level == null ? "–" : brief(shown(level));
     };
-    const whole = (raw) => (raw == null ? "–" : Number(raw.toFixed(2)).toLocaleString());
+    const whole = (raw) => (raw == null ? "–" : Number(raw.toFixed(2)).toLocaleString()); // steps, or seconds
     const series = [{ label: this.unit, value: (plot, raw) => whole(raw ?? plot.data[0].at(-1)) }];
     this.colors = this.lines.map((line, i) => css(SERIES[line.color ?? i % SERIES.length]));
     this.lines.forEach((line, i) => {
@@ -220,7 +220,8 @@ export class Chart {
         if (span.low[at] !== null && (low === null || span.low[at] < low)) low = span.low[at];
       }
     });
-    return low === null ? [null, null] : uPlot.rangeNum(low, high, 0.1, true);
+    if (low === null) return [null, null];
+    return low === high && low === 0 ? [0, 1] : uPlot.rangeNum(low, high, 0.1, true); // uPlot's for zero alone is a hundred
   }
 
   // A column a bucket, pale; what juts out between its neighbours is drawn full, so that one step of a million is seen.

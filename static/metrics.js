@@ -11,7 +11,6 @@ const TITLES = {
   update_norm_error: "error of estimated update norms",
 };
 const LEAST_TELLING = ["lr", "lost_updates", "update_norm_error"]; // stand last
-const NOT_DRAWN = ["elapsed_s"]; // an axis, not a curve
 const LOGGABLE = ["loss", "grad_norm_total", "perplexity"];
 
 // "loss", "eval/new/accuracy" → the panel they share: what they measure.
@@ -26,7 +25,7 @@ const label = (name) => {
 function panels(metrics) {
   const grouped = new Map([["loss", []], ["accuracy", []]]);
   for (const name of Object.keys(metrics)) {
-    if (!metrics[name].steps.length || NOT_DRAWN.includes(name)) continue;
+    if (!metrics[name].steps.length) continue;
     const key = quantity(name);
     if (!grouped.has(key)) grouped.set(key, []);
     grouped.get(key).push(name);
@@ -123,33 +122,23 @@ function append(metrics, more) {
 
 const NOTHING = { steps: [], min: [], max: [], values: [] };
 
-// The seconds of training behind each step: recorded, or estimated from the mean duration of a step.
-function clock(metrics, stepMs) {
-  const { steps, values } = metrics.elapsed_s ?? NOTHING;
-  if (steps.length < 2) return (step) => (step * (stepMs ?? 0)) / 1000;
-  return (step) => {
-    let high = steps.findIndex((known) => known >= step);
-    if (high < 0) high = steps.length - 1;
-    if (high === 0) return steps[0] ? (values[0] * step) / steps[0] : values[0];
-    const share = (step - steps[high - 1]) / (steps[high] - steps[high - 1]);
-    return values[high - 1] + share * (values[high] - values[high - 1]);
-  };
-}
-
 export async function startCompare(section) {
-  const jobs = JSON.parse(section.dataset.compare); // [{id, name, metrics: address, step_ms, color}]
+  const jobs = JSON.parse(section.dataset.compare); // [{id, name, address, color}]
   const parent = section.querySelector(".charts");
   const charts = new Map();
   let all = [];
+  let stepMs = [];
   let by = "step";
 
   async function refresh() {
-    all = await Promise.all(jobs.map((job) => read(job.metrics, { points: POINTS })));
+    all = await Promise.all(jobs.map((job) => read(`${job.address}/metrics`, { points: POINTS })));
+    const found = await Promise.all(jobs.map((job) => read(job.address)));
+    stepMs = found.map((job) => job.step_ms); // null before its first step
     draw();
   }
 
   function draw() {
-    const shared = [...new Set(all.flatMap((metrics) => Object.keys(metrics)))].filter((name) => !["lr", ...NOT_DRAWN].includes(name));
+    const shared = [...new Set(all.flatMap((metrics) => Object.keys(metrics)))].filter((name) => name !== "lr");
     shared.sort((a, b) => (quantity(b) === "accuracy") - (quantity(a) === "accuracy") || (b === "loss") - (a === "loss"));
     for (const name of shared) {
       const title = name.includes("/") || name === "loss" ? `${quantity(name)}, ${label(name)}` : (TITLES[name] ?? name);
@@ -160,13 +149,13 @@ export async function startCompare(section) {
       chart.show(
         jobs.map((job, i) => {
           const series = all[i][name] ?? NOTHING;
-          const seconds = clock(all[i], job.step_ms);
-          return { label: job.name, color: job.color, ...series, steps: by === "step" ? series.steps : series.steps.map(seconds) };
+          const steps = by === "step" ? series.steps : series.steps.map((step) => (step * stepMs[i]) / 1000);
+          return { label: job.name, color: job.color, ...series, steps };
         }),
       );
     }
     if (shared.length) parent.querySelector(".waiting")?.remove();
-    section.querySelector("[data-estimated]")?.toggleAttribute("hidden", by === "step" || all.every((metrics) => metrics.elapsed_s));
+    section.querySelector("[data-estimated]")?.toggleAttribute("hidden", by === "step");
   }
 
   section.addEventListener("click", (event) => {
@@ -185,7 +174,7 @@ export async function startCompare(section) {
 async function startRatios(section, jobs) {
   const place = section.parentElement.querySelector("[data-ratios]");
   if (!place) return;
-  const found = await Promise.all(jobs.map((job) => read(job.layers, { stat: "update_ratio", points: 200 })));
+  const found = await Promise.all(jobs.map((job) => read(`${job.address}/layers`, { stat: "update_ratio", points: 200 })));
   const layers = [...new Set(found.flatMap((matrix) => matrix.layers))];
   const head = place.querySelector("thead").insertRow();
   for (const text of ["Layer", ...jobs.map((job) => job.name)]) {

@@ -24,7 +24,6 @@ Document = dict[str, Any]
 STYLE = Path(__file__).resolve().parents[2] / "static" / "report.css"
 POINTS = 400
 CELLS = 200_000
-NOT_DRAWN = ("lr", "elapsed_s")
 STATS = (("grad_norm", "Gradient norm"), ("update_ratio", "Update / weight"))
 
 
@@ -53,7 +52,7 @@ def write_sweep_report(service: Service, sweep_id: int) -> str:
             ),
         )
         for name in names
-        if name not in NOT_DRAWN
+        if name != "lr"
     ]
     jobs = [_report_job(service, service.get_job(row["job_id"])) for row in sweep["table"]]
     return _render(title, jobs, table, curves)
@@ -89,7 +88,7 @@ def _report_job(service: Service, document: Document) -> ReportJob:
         curves=[
             (metric_words(name), draw_curves([Line.of_series(metric_words(name), series)]))
             for name, series in metrics.items()
-            if name not in NOT_DRAWN
+            if name != "lr"
         ],
         heatmaps=[_heatmap(service, job_id, stat, title, timeline) for stat, title in STATS]
         if is_training

@@ -350,6 +350,9 @@ def test_a_sweep_fills_one_table_and_is_sent_as_one_file(
     expect(page.locator(".curves .chart").first).to_be_visible()
     page.get_by_role("button", name="by time").click()
     expect(page.get_by_text("Time is estimated")).to_be_visible()
+    # The page was opened before any of them had taken a step.
+    seconds = page.locator(".curves .chart").first.locator(".u-legend .u-value").first
+    expect(seconds).not_to_have_text("0")
     look_over(page, "sweep")
     with page.expect_download() as caught:
         page.get_by_role("link", name="Report").click()

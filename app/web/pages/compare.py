@@ -22,7 +22,7 @@ router = APIRouter(dependencies=[Depends(signed_in)], include_in_schema=False)
 Document = dict[str, Any]
 COMPARED_JOBS = 6
 LOWER_IS_BETTER = ("loss", "perplexity", "error")
-NOT_RESULTS = ("lr", "grad_norm_total", "elapsed_s")
+NOT_RESULTS = ("lr", "grad_norm_total")
 
 
 @router.get("/compare")
@@ -59,9 +59,7 @@ def curves_of(jobs: Sequence[JobView], root: str) -> str:
             {
                 "id": job.id,
                 "name": job.name,
-                "metrics": f"{root}/api/jobs/{job.id}/metrics",
-                "layers": f"{root}/api/jobs/{job.id}/layers",
-                "step_ms": job.document.get("step_ms"),
+                "address": f"{root}/api/jobs/{job.id}",
                 "color": index % COMPARED_JOBS,
             }
             for index, job in enumerate(jobs)
