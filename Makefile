@@ -32,7 +32,7 @@ examples: $(READY)  ## what README's examples use, into build/: a real MiniLM (8
 minilm-table: $(READY)  ## README's fine-tune of MiniLM: lower layers frozen against head only, 5 seeds each
 	$(BIN)/python -m benchmarks.minilm --table
 
-zoo: $(READY)  ## how many of Transformers', timm's and torchvision's models show their tree
+zoo: $(READY)  ## how many of Transformers', timm's and torchvision's models show tree and backward graph
 	$(BIN)/python -m benchmarks.zoo
 
 pretrain: $(READY)  ## reproduce the demo's weights bit for bit from their seed

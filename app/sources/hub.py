@@ -12,15 +12,14 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.nn.modules.module import register_module_parameter_registration_hook
+from torch.overrides import TorchFunctionMode
 
+from app.sources.example import EXAMPLE_BATCH, find_option, list_parts, make_example
 from app.sources.fetch import ask_hub, fetch_weights, in_words
 from app.sources.intake import IMAGENET_MEAN, IMAGENET_STD, Intake
 from app.sources.libraries import load_library
 from app.sources.spec import ModelSpec
 from app.sources.user_code import refuse_answer
-
-EXAMPLE_TOKENS = 16
-EXAMPLE_BATCH = 2
 
 _HEADS = {
     "image-classification": "AutoModelForImageClassification",
@@ -91,6 +90,17 @@ def build_on_meta(build: Callable[[], Any]) -> Any:
         hook.remove()
 
 
+class _RealNumbers(TorchFunctionMode):
+    """A single whole number keeps its value: codecs hold their strides and paddings in buffers."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        if func is torch.tensor and type(args[0] if args else None) is int:
+            return func(*args, **{**(kwargs or {}), "device": "cpu"})
+        return func(*args, **(kwargs or {}))
+
+
 def is_weightless(model: nn.Module) -> bool:
     """Whether the model was built for its structure alone."""
     return any(
@@ -131,10 +141,13 @@ def build_transformers_model(
             f"choose another 'task'{_list_tasks(transformers, config)}.",
             "task",
         )
+    for part in list_parts(config):
+        if getattr(part, "use_cache", False):
+            part.use_cache = False  # of keys and values: it serves generation, which nothing does
     notes: tuple[str, ...] = ()
     with in_words(name, spec.revision):
         if weightless:
-            with torch.device("meta"):
+            with torch.device("meta"), _RealNumbers():
                 # The default for experts, a grouped product, runs under fake tensors in bf16 only.
                 config._experts_implementation = "batched_mm"
                 model = build_without_weights(auto.from_config(config, trust_remote_code=False))
@@ -143,7 +156,10 @@ def build_transformers_model(
         else:
             model, notes = _load_pretrained(auto, name, spec, config)
     intake = _describe_intake(config, task, model, name, spec)
-    return model, _make_transformers_example(model, config, intake), intake, notes
+    example = make_example(
+        model, config, intake.image_shape, both_towers=task == "feature-extraction"
+    )
+    return model, example, intake, notes
 
 
 def _read_config(transformers: Any, name: str, spec: ModelSpec) -> Any:
@@ -235,10 +251,10 @@ def _describe_intake(config: Any, task: str, model: Any, name: str, spec: ModelS
     labels = config.id2label or {}
     names = tuple(str(labels.get(i, "")) for i in range(config.num_labels or 0))
     known = task in _WITH_CLASSES and not all(n == f"LABEL_{i}" for i, n in enumerate(names))
-    channels = _find(config, "num_channels", 3)
-    size = _find(config, "image_size", 224)
+    channels = find_option(config, "num_channels", default=3)
+    size = find_option(config, "image_size", default=224)
     height, width = size if isinstance(size, list | tuple) else (size, size)
-    longest = _find(config, "max_position_embeddings", 512)
+    longest = find_option(config, "max_position_embeddings", default=512)
     # RoBERTa and its like count positions from the padding's id on.
     if config.model_type in ("roberta", "xlm-roberta", "camembert", "longformer", "mpnet"):
         longest -= 2
@@ -255,48 +271,10 @@ def _describe_intake(config: Any, task: str, model: Any, name: str, spec: ModelS
     )
 
 
-def _find(config: Any, name: str, default: Any) -> Any:
-    """An option of the configuration, or of the vision or text part within."""
-    parts = [config, *(getattr(config, part, None) for part in ("vision_config", "text_config"))]
-    for part in parts:
-        value = getattr(part, name, None)
-        if isinstance(value, int) or (isinstance(value, list | tuple) and len(value) == 2):
-            return value
-    return default
-
-
 def _name_main_input(model: Any, default: str) -> str:
     """The argument of what it is about; OneFormer names several."""
     name = getattr(model, "main_input_name", default)
     return name if isinstance(name, str) else name[0]
-
-
-def _make_transformers_example(model: Any, config: Any, intake: Intake) -> dict[str, Any] | None:
-    """One batch by the names of the arguments that the model's forward takes."""
-    takes = inspect.signature(model.forward).parameters
-    tokens = torch.ones(EXAMPLE_BATCH, EXAMPLE_TOKENS, dtype=torch.int64)
-    images = torch.zeros(EXAMPLE_BATCH, *intake.image_shape)
-    main = _name_main_input(model, "input_ids")
-    known: Mapping[str, torch.Tensor] = {
-        "input_ids": tokens,
-        "pixel_values": images,
-        "input_values": torch.zeros(EXAMPLE_BATCH, 16_000),
-        "input_features": torch.zeros(EXAMPLE_BATCH, _find(config, "num_mel_bins", 80), 3_000),
-    }
-    if main not in known:
-        return None
-    example = {main: known[main]}
-    for name in ("decoder_input_ids",):
-        if name in takes and config.is_encoder_decoder:
-            example[name] = tokens
-    if (
-        main == "input_ids"
-        and "pixel_values" in takes
-        and intake.task == "feature-extraction"
-        and hasattr(config, "projection_dim")
-    ):
-        example["pixel_values"] = images  # two towers, like CLIP's
-    return example
 
 
 # ------------------------------------------------------------------------------ timm, torchvision
