@@ -4,7 +4,6 @@ import { color, join, measure, paint, toMatrix } from "./heatpaint.js";
 import { isFrozen, marks, startTimeline } from "./timeline.js";
 
 const CELLS = 250_000; // at most asked for at once
-const FIRST_CELLS = 64_000; // of the first answer, which is drawn while the whole one is on its way
 const PICKED = 6;
 const LANE = 16; // above: where something was frozen or unfrozen
 const AXIS = 18; // below: steps
@@ -30,6 +29,7 @@ export function startHeatmap(section) {
   let estimated = new Set(); // layers whose update norms are estimated from a sample, between exact passes
 
   const matrix = () => (view && zoomed) || whole;
+  const first = Number(section.dataset.firstPoints); // of a first answer, which is drawn while the whole one is on its way
   const points = (layers) => Math.max(100, Math.min(Math.round((box.clientWidth || 900) * (devicePixelRatio || 1)), Math.floor(CELLS / Math.max(1, layers))));
 
   // ---- asking
@@ -57,8 +57,8 @@ export function startHeatmap(section) {
     try {
       const layers = whole?.layers.length ?? Number(section.dataset.layers);
       const isFull = isRough || !whole?.steps.length || whole.steps.length > 2 * points(layers);
-      isRough = !whole && layers * points(layers) > FIRST_CELLS;
-      const asked = isRough ? Math.max(16, Math.floor(FIRST_CELLS / layers)) : points(layers);
+      isRough = !whole && first > 0;
+      const asked = isRough ? first : points(layers);
       again ||= isRough;
       const fresh = await ask({ points: asked, ...(isFull ? {} : { from: whole.steps.at(-1) + 1 }) });
       if (mine === turn && fresh) {

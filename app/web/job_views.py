@@ -8,6 +8,8 @@ from typing import Any
 
 LIVE_STATES = ("queued", "starting", "running", "paused", "stopping")
 ENDED_STATES = ("stopped", "failed", "interrupted", "succeeded")
+# Layers times buckets of a heatmap's first answer, and how many buckets a usual window shows.
+FIRST_CELLS, WIDE = 32_000, 900
 
 Document = Mapping[str, Any]
 
@@ -253,6 +255,12 @@ class JobPageView:
     tree: LiveTreeView | None = None
     layer_count: int = 0
     formats: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def first_points(self) -> int:
+        """Buckets of the heatmap's first answer, drawn while the whole is on its way; 0 for none."""
+        few = FIRST_CELLS // max(1, self.layer_count)
+        return max(16, few) if few < WIDE // 2 else 0
 
 
 @dataclass(frozen=True, slots=True)
