@@ -258,7 +258,7 @@ class JobPageView:
 
     @property
     def first_points(self) -> int:
-        """Buckets of the heatmap's first answer, drawn while the whole is on its way; 0 for none."""
+        """Buckets of a heatmap's first answer, drawn while the whole comes; 0 where one will do."""
         few = FIRST_CELLS // max(1, self.layer_count)
         return max(16, few) if few < WIDE // 2 else 0
 
