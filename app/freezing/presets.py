@@ -27,9 +27,9 @@ def tick_module(config: FreezeConfig, graph: ModelGraph, path: str, frozen: bool
     match = match_path(path, path in graph.canonical_names)
     ticked = replace(config, rules=(*config.rules, Rule("freeze" if frozen else "unfreeze", match)))
     state = expand_rules(ticked, graph)
-    kept = _drop_idle_rules(ticked, graph, state)
-    short = shortest_rules(state, graph)
-    rules = short if len(short) < len(kept) else kept
+    rules = _drop_idle_rules(ticked, graph, state)
+    if len(rules) > 1:
+        rules = min(rules, shortest_rules(state, graph), key=len)
     return replace(config, rules=rules, frozen=None, trainable=None)
 
 
@@ -70,23 +70,14 @@ def shortest_rules(state: Mapping[str, bool], graph: ModelGraph) -> tuple[Rule, 
             best[name] = _LEAVES[state[first], not parameter.requires_grad]
     is_parameter = set(best)
     paths = [(path, below) for path, below in graph.name_tree if path not in is_parameter]
+    # Blocks are alike: children with the very same choices are put together once.
+    known: dict[tuple[int, ...], _Choices | None] = {}
     for path, below in paths:
-        as_it_came = as_trainable = as_frozen = 0
-        is_empty = True
-        for child in below:
-            choices = best.get(child)
-            if choices is not None:
-                is_empty = False
-                as_it_came += choices[0][0]
-                as_trainable += choices[1][0]
-                as_frozen += choices[2][0]
-        if not is_empty:
-            totals = as_it_came, as_trainable, as_frozen
-            best[path] = (
-                _choose(as_it_came, totals),
-                _choose(as_trainable, totals),
-                _choose(as_frozen, totals),
-            )
+        key = tuple([id(best.get(child)) for child in below])
+        if key not in known:
+            known[key] = _combine([best[child] for child in below if child in best])
+        if (choices := known[key]) is not None:
+            best[path] = choices
     chosen: list[tuple[str, bool]] = []
     children_of = dict(paths)
     level = [("", 0)] if "" in best else []
@@ -120,6 +111,15 @@ _LEAVES: dict[tuple[bool, bool], _Choices] = {
     for wanted in (False, True)
     for came in (False, True)
 }
+
+
+def _combine(children: Sequence[_Choices]) -> _Choices | None:
+    """The choices of what has these below it; None where it has nothing."""
+    if not children:
+        return None
+    totals = [sum(choices[inherited][0] for choices in children) for inherited in range(3)]
+    came, trainable, frozen = (_choose(total, totals) for total in totals)
+    return came, trainable, frozen
 
 
 def _choose(as_inherited: int, totals: Sequence[int]) -> _Choice:
