@@ -6,20 +6,27 @@ import json
 import re
 from pathlib import Path
 
+import pytest
 from playwright.sync_api import Page, expect
 
 from tests.browser.conftest import find_violations, photograph
 
 
-def test_a_newcomer_gets_to_a_finished_job_and_a_config(page: Page, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("scheme", "width"), [("light", 1280), ("dark", 390)])
+def test_a_newcomer_gets_to_a_finished_job_and_a_config(
+    page: Page, tmp_path: Path, scheme: str, width: int
+) -> None:
     """Only what is written on the page is used: visible labels, in the order of the first steps."""
+    page.emulate_media(color_scheme="dark" if scheme == "dark" else "light")
+    page.set_viewport_size({"width": width, "height": 900})
     page.goto("/models/1")
     expect(page.locator("#workbench[data-ready]")).to_be_visible()
     page.get_by_role("checkbox", name="Freeze stem", exact=True).click()
-    page.get_by_role("checkbox", name="Freeze layer1", exact=True).click()
-    expect(page.get_by_role("row", name=re.compile("layer1 ResidualBlock"))).to_contain_text("idle")
+    box = page.get_by_role("checkbox", name="Freeze layer1", exact=True)
+    box.click()
+    expect(page.get_by_role("row").filter(has=box)).to_contain_text("idle")
     expect(page.get_by_role("row", name=re.compile("^backward"))).to_contain_text("%")
-    photograph(page, "newcomer-plan")
+    photograph(page, f"newcomer-plan-{scheme}-{width}")
     with page.expect_download() as caught:
         page.get_by_role("link", name="JSON", exact=True).click()
     caught.value.save_as(tmp_path / "config.json")
@@ -29,7 +36,7 @@ def test_a_newcomer_gets_to_a_finished_job_and_a_config(page: Page, tmp_path: Pa
     page.get_by_role("button", name="Start job").click()
     expect(page.get_by_text("succeeded").first).to_be_visible(timeout=90_000)
     expect(page.get_by_text("bit-identical").first).to_be_visible()
-    photograph(page, "newcomer-proof")
+    photograph(page, f"newcomer-proof-{scheme}-{width}")
     assert find_violations(page) == []
 
 
