@@ -111,8 +111,8 @@ function startWish(button) {
 function jobSignals(id) {
   const status = throttled("job:status", 500);
   const numbers = throttled("job:numbers", 500);
-  const slow = [throttled("job:log", 1500), throttled("job:side", 3000)];
-  const now = [status, numbers, throttled("job:log", 0), throttled("job:side", 0)];
+  const slow = [throttled("job:log", 1500), throttled("job:side", 3000), throttled("job:insights", 20_000)];
+  const now = [status, numbers, throttled("job:log", 0), throttled("job:side", 0), throttled("job:insights", 0)];
   const tree = throttled("job:tree", 0);
   let state = document.querySelector("[data-job]").dataset.state;
   return {
