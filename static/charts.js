@@ -221,7 +221,7 @@ export class Chart {
       }
     });
     if (low === null) return [null, null];
-    return low === high && low === 0 ? [0, 1] : uPlot.rangeNum(low, high, 0.1, true); // uPlot's for zero alone is a hundred
+    return low === 0 && high === 0 ? [0, 1] : uPlot.rangeNum(low, high, 0.1, true); // uPlot's for zero alone is a hundred
   }
 
   // A column a bucket, pale; what juts out between its neighbours is drawn full, so that one step of a million is seen.

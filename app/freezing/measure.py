@@ -233,8 +233,7 @@ class LayerMeasure:
         self._reached = {row for row, column in self._pairs if column in active}
         self._seen = [_sample(tensor) for tensor in tensors]
         lengths = [seen.numel() for seen in self._seen]
-        blocks = [-(-length // BLOCK) for length in lengths]
-        owners = [part for part, count in enumerate(blocks) for _ in range(count)]
+        owners = [part for part, n in enumerate(lengths) for _ in range(_count_blocks(n))]
         self._owners = self._index(owners)
         wide = any(_width(tensor) == torch.float64 for tensor in tensors)
         width = torch.float64 if wide else torch.float32
@@ -256,7 +255,7 @@ class LayerMeasure:
         parts, start = [], 0
         for seen in self._seen:
             parts.append(room[start : start + seen.numel()].view(seen.shape))
-            start += -(-seen.numel() // BLOCK) * BLOCK
+            start += _count_blocks(seen.numel()) * BLOCK
         return parts
 
     def _part_norms(self) -> torch.Tensor:
@@ -382,6 +381,10 @@ def _chunk(sizes: Sequence[int], most: int) -> list[frozenset[int]]:
 def _count(tensor: torch.Tensor) -> int:
     """How many numbers; a complex one is two."""
     return tensor.numel() * (2 if tensor.is_complex() else 1)
+
+
+def _count_blocks(length: int) -> int:
+    return -(-length // BLOCK)
 
 
 def _is_large(tensor: torch.Tensor) -> bool:

@@ -135,7 +135,7 @@ def read_matrix(
         query = _grouped(span, points, base, some, columns, reduce, "position, bucket")
     rows = {position: [None] * len(steps) for position in positions}
     places = {bucket: index for bucket, (index, _) in buckets.items()}
-    # The driver's own cursor: SQLAlchemy's takes as long for each of a hundred thousand rows.
+    # By the driver's own cursor: of a hundred thousand rows SQLAlchemy would look at each.
     for position, bucket, found in connection.exec_driver_sql(query, given).cursor.fetchall():
         rows[position][places[bucket]] = found
     return steps, [mark(rows[position]) for position in positions]

@@ -11,19 +11,8 @@ from app.freezing.config import parse_config
 from app.freezing.errors import InvalidDocument
 from app.freezing.proof import Proof
 from tests.unit.models import make
+from tests.unit.optimizers import build, with_every_optimizer
 from tests.unit.runs import freeze
-
-OPTIMIZERS = {
-    "sgd": lambda groups, **kw: torch.optim.SGD(groups, lr=0.1, momentum=0.9, **kw),
-    "adam": lambda groups, **kw: torch.optim.Adam(groups, lr=0.1, **kw),
-    "adamw": lambda groups, **kw: torch.optim.AdamW(groups, lr=0.1, **kw),
-}
-IMPLEMENTATIONS: dict[str, dict[str, Any]] = {
-    "for-loop": {"foreach": False},
-    "foreach": {"foreach": True},
-    "fused": {"fused": True},
-}
-EVERY_OPTIMIZER = [(o, i) for o in OPTIMIZERS for i in IMPLEMENTATIONS]
 
 
 def take_steps(
@@ -37,7 +26,7 @@ def take_steps(
             parameter.grad = None
 
 
-@pytest.mark.parametrize(("optimizer", "implementation"), EVERY_OPTIMIZER)
+@with_every_optimizer
 @pytest.mark.parametrize("mechanism", ["requires_grad", "exclude", "zero_lr"])
 @pytest.mark.parametrize("name", ["plain", "convolutional"])
 def test_what_is_frozen_stays_bit_identical(
@@ -50,14 +39,14 @@ def test_what_is_frozen_stays_bit_identical(
     groups = applied.parameter_groups(weight_decay=0.1)
     for group in groups:
         group["lr"] = 0.1 * group["lr_scale"]
-    made = OPTIMIZERS[optimizer](groups, **IMPLEMENTATIONS[implementation])
+    made = build(optimizer, implementation, groups)
     take_steps(model, example, made, applied, 3)
     document = proof.check()
     assert document["verdict"] == "holds"
     assert document["trained"]["still"] == []
 
 
-@pytest.mark.parametrize(("optimizer", "implementation"), EVERY_OPTIMIZER)
+@with_every_optimizer
 def test_zeroed_gradients_let_weight_decay_move_what_is_frozen(
     optimizer: str, implementation: str
 ) -> None:
@@ -65,7 +54,7 @@ def test_zeroed_gradients_let_weight_decay_move_what_is_frozen(
     applied = apply_config(model, parse_config(freeze("layer1", mechanism="zero_grad")))
     proof = Proof(applied)
     groups = applied.parameter_groups(weight_decay=0.1)
-    made = OPTIMIZERS[optimizer](groups, **IMPLEMENTATIONS[implementation])
+    made = build(optimizer, implementation, groups)
     take_steps(model, example, made, applied, 3)
     document = proof.check()
     assert document["verdict"] == "broken"
@@ -75,13 +64,13 @@ def test_zeroed_gradients_let_weight_decay_move_what_is_frozen(
     assert "weight decay" in changed["layer1.weight"]["cause"]
 
 
-@pytest.mark.parametrize(("optimizer", "implementation"), EVERY_OPTIMIZER)
+@with_every_optimizer
 def test_a_layer_frozen_in_the_middle_of_a_run_stops_at_once(
     optimizer: str, implementation: str
 ) -> None:
     model, example = make("plain")
     applied = apply_config(model, parse_config({}))
-    made = OPTIMIZERS[optimizer](applied.parameter_groups(0.1), **IMPLEMENTATIONS[implementation])
+    made = build(optimizer, implementation, applied.parameter_groups(0.1))
     proof = Proof(applied)
     take_steps(model, example, made, applied, 2)
     model(example).float().square().mean().backward()  # a gradient left behind

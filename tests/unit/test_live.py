@@ -21,21 +21,11 @@ from app.training.places import checkpoint_path
 from app.training.recipe import parse_recipe
 from app.training.step import StaleGraph, Stepper
 from tests.unit.models import make
+from tests.unit.optimizers import build, with_every_optimizer
 from tests.unit.runs import Told, Wish, freeze, make_data, run
-from tests.unit.test_apply import EVERY_OPTIMIZER
 from tests.unit.test_loop import digest
 
 LEARNING_RATE, DECAY = 0.05, 0.1
-MAKERS: dict[str, Any] = {
-    "sgd": lambda p, **kw: torch.optim.SGD(p, momentum=0.9, **kw),
-    "adam": torch.optim.Adam,
-    "adamw": torch.optim.AdamW,
-}
-HOW: dict[str, dict[str, bool]] = {
-    "for-loop": {"foreach": False},
-    "foreach": {"foreach": True},
-    "fused": {"fused": True},
-}
 
 
 def edit_after(edits: dict[int, list[dict[str, Any]]]) -> Any:
@@ -54,7 +44,7 @@ def rule(action: str, match: str) -> dict[str, str]:
     return {"action": action, "match": match}
 
 
-@pytest.mark.parametrize(("optimizer", "implementation"), EVERY_OPTIMIZER)
+@with_every_optimizer
 def test_a_live_freeze_and_unfreeze_are_what_a_hand_written_loop_does(
     optimizer: str, implementation: str, tmp_path: Path
 ) -> None:
@@ -70,7 +60,7 @@ def test_a_live_freeze_and_unfreeze_are_what_a_hand_written_loop_does(
     by_hand, _ = make("plain")
     by_hand.layer1.requires_grad_(False)
     layers = [{"params": list(layer.parameters())} for layer in by_hand.children()]
-    steps = MAKERS[optimizer](layers, lr=LEARNING_RATE, weight_decay=DECAY, **HOW[implementation])
+    steps = build(optimizer, implementation, layers, lr=LEARNING_RATE, weight_decay=DECAY)
     batches = Batches(data.train, 8, seed=0, collate=None, seed_items=True)
     for step in range(1, 10):
         if step == 4:

@@ -12,8 +12,8 @@ from app.freezing.apply import Freeze, apply_config
 from app.freezing.config import parse_config
 from app.freezing.measure import EXACT_EVERY, LayerMeasure, LayerStats
 from tests.unit.models import MODELS, make
+from tests.unit.optimizers import KINDS, build
 from tests.unit.runs import freeze
-from tests.unit.test_apply import OPTIMIZERS
 
 FROZEN = {
     "plain": "layer1",
@@ -47,13 +47,13 @@ def measure_step(measure: LayerMeasure, applied: Freeze, step: Callable[[], Any]
 
 
 @pytest.mark.parametrize("is_exact", [False, True])
-@pytest.mark.parametrize("optimizer", sorted(OPTIMIZERS))
+@pytest.mark.parametrize("optimizer", sorted(KINDS))
 @pytest.mark.parametrize("name", sorted(FROZEN))
 def test_norms_equal_a_naive_recomputation(name: str, optimizer: str, is_exact: bool) -> None:
     model, example = make_any(name)
     applied = apply_config(model, parse_config(freeze(FROZEN[name])))
     measure = LayerMeasure(applied.graph, applied.parameters, is_exact=is_exact)
-    made = OPTIMIZERS[optimizer](applied.parameter_groups(0.01))
+    made = build(optimizer, "for-loop", applied.parameter_groups(0.01))
     for step in (1, 2, 3):
         model(example).float().square().mean().backward()
         gradients = {n: None if p.grad is None else p.grad.clone() for n, p in _named(model)}

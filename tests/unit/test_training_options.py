@@ -20,9 +20,8 @@ from app.training.loop import NonFinite, Outcome, evaluate
 from app.training.places import checkpoint_path, checkpoint_steps
 from app.training.recipe import parse_recipe
 from tests.unit.models import make
-from tests.unit.optimizers import with_every_optimizer
+from tests.unit.optimizers import build, with_every_optimizer
 from tests.unit.runs import Wish, freeze, make_data, run
-from tests.unit.test_live import HOW, MAKERS
 from tests.unit.test_loop import digest, stop_at
 
 # ------------------------------------------------------------------------------ rates and groups
@@ -96,8 +95,7 @@ def test_gradients_are_measured_unscaled_accumulated_and_before_clipping(tmp_pat
     assert norms["clipped"] == norms["plain"]
 
 
-@pytest.mark.parametrize("optimizer", ["sgd", "adam", "adamw"])
-@pytest.mark.parametrize("implementation", sorted(HOW))
+@with_every_optimizer
 def test_clipping_is_that_of_plain_torch(
     optimizer: str, implementation: str, tmp_path: Path
 ) -> None:
@@ -110,7 +108,7 @@ def test_clipping_is_that_of_plain_torch(
     by_hand, _ = make("plain")
     by_hand.layer1.requires_grad_(False)
     trained = [p for p in by_hand.parameters() if p.requires_grad]
-    steps = MAKERS[optimizer](trained, lr=0.05, weight_decay=0.1, **HOW[implementation])
+    steps = build(optimizer, implementation, trained, lr=0.05)
     batches = Batches(data.train, 8, seed=0, collate=None, seed_items=True)
     for _ in range(3):
         ((inputs, targets),) = batches.next_window(1)
