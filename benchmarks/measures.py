@@ -12,6 +12,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,9 +32,9 @@ Around = tuple[Callable[[], None], Callable[[], None]]  # before and after the o
 class Convolutions(nn.Module):
     """A small residual network over 32 × 32 images."""
 
-    def __init__(self) -> None:
+    def __init__(self, width: int = 32) -> None:
         super().__init__()
-        widths = (3, 32, 64, 128)
+        widths = (3, width, 2 * width, 4 * width)
         self.blocks = nn.Sequential(
             *(
                 nn.Sequential(
@@ -43,7 +44,7 @@ class Convolutions(nn.Module):
                 for a, b in itertools.pairwise(widths)
             )
         )  # fmt: skip
-        self.head = nn.Linear(128, 10)
+        self.head = nn.Linear(4 * width, 10)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.head(self.blocks(x).mean((2, 3)))
@@ -181,9 +182,12 @@ def time_step(make: Callable[[], nn.Module], batch: torch.Tensor, tool: Any) -> 
 
 def main(rounds: int = 3) -> None:
     torch.set_num_threads(1)
+    pictures = torch.randn(32, 3, 32, 32)
     models = {
-        "transformer": (Classifier, torch.randn(16, 32, 128)),
-        "convolutions": (Convolutions, torch.randn(32, 3, 32, 32)),
+        "transformer": (partial(Classifier, 256), torch.randn(16, 32, 256)),
+        "tiny transformer": (Classifier, torch.randn(16, 32, 128)),
+        "convolutions": (partial(Convolutions, 64), pictures),
+        "tiny convolutions": (Convolutions, pictures),
     }
     for name, (make, batch) in models.items():
         bare = [time_step(make, batch, nothing)[0] for _ in range(rounds)]

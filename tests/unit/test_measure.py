@@ -282,6 +282,62 @@ def test_a_layer_frozen_between_two_measurements_has_its_true_weight_norm() -> N
     assert step_all(measured=True)[0] == pytest.approx(true_norm, rel=1e-5)
 
 
+def test_a_layer_that_moves_only_while_nobody_measures_has_its_true_weight_norm() -> None:
+    model, _ = make("plain")
+    applied = apply_config(model, parse_config({}))
+    measure = LayerMeasure(applied.graph, applied.parameters)
+    for step in range(1, 5):
+        for parameter in model.layer2.parameters():
+            parameter.grad = torch.ones_like(parameter)
+        for parameter in model.layer1.parameters():  # as an expert that few batches come to
+            parameter.grad = torch.ones_like(parameter) if step % 2 == 0 else None
+        measure.read_gradients(applied.frozen)
+        if step % 2:
+            measure.before_update(2)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.grad is not None:
+                    parameter.sub_(0.1)
+        if step % 2:
+            (stats,) = measure.after_update(step)
+            own = [p.detach() for p in model.layer1.parameters()]
+            assert stats.weight_norm[0] == pytest.approx(_norm(own), rel=1e-5)
+
+
+def write_as_autograd_knows(parameter: nn.Parameter) -> None:
+    with torch.no_grad():
+        parameter.mul_(0.9)
+
+
+def write_behind_its_back(parameter: nn.Parameter) -> None:
+    parameter.data.mul_(0.9)
+
+
+@pytest.mark.parametrize("write", [write_as_autograd_knows, write_behind_its_back])
+@pytest.mark.parametrize("name", ["plain", "wide"])
+def test_what_a_forward_writes_is_no_part_of_the_update(
+    name: str, write: Callable[[nn.Parameter], None]
+) -> None:
+    model, example = make_any(name)
+    applied = apply_config(model, parse_config({}))
+    measure = LayerMeasure(applied.graph, applied.parameters, is_exact=True)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    for step in range(1, 5):
+        for parameter in model.parameters():
+            write(parameter)
+        optimizer.zero_grad()
+        model(example).float().square().mean().backward()
+        before = {n: p.detach().clone() for n, p in _named(model)}
+        measure.read_gradients(applied.frozen)
+        measure.before_update(step + 1)
+        optimizer.step()
+        (stats,) = measure.after_update(step)
+        named = dict(_named(model))
+        for row, layer in enumerate(applied.graph.layers):
+            moved = [named[n].detach() - before[n] for n in layer.parameters]
+            assert stats.update_norm[row] == pytest.approx(_norm(moved), rel=1e-5)
+
+
 class Strange(nn.Module):
     """Parameters that lie in memory as no layer of torch makes them."""
 
