@@ -3,6 +3,8 @@ import { isTyping, singleKeysAct } from "./keys.js";
 import { startTree } from "./tree.js";
 
 const TYPING_MS = 250;
+const TYPING_SIZE_MS = 700; // a worker traces the model at every size that is asked for
+const TRACING_MS = 400;
 
 export function startWorkbench(form) {
   const model = form.dataset.model;
@@ -49,8 +51,18 @@ export function startWorkbench(form) {
     const states = JSON.parse(answer().dataset.states);
     tree.paint(states);
     main.querySelector(":scope > .notice")?.remove();
+    lookAgain();
     return states;
   }
+
+  // ---- the model is being traced at another size: its figures come by themselves
+  let look = 0;
+  function lookAgain() {
+    clearTimeout(look);
+    if (!answer().querySelector("[data-tracing]")) return;
+    look = setTimeout(() => ask({ add_text: "" }, { remember: false }), TRACING_MS);
+  }
+  lookAgain();
 
   function complain(error) {
     main.querySelector(":scope > .notice")?.remove();
@@ -136,7 +148,8 @@ export function startWorkbench(form) {
     const { name } = event.target;
     if (name !== "rule_text" && !/^(train|assume)\./.test(name)) return;
     clearTimeout(timer);
-    timer = setTimeout(() => ask({ add_text: "" }, { remember: !event.target.matches(":focus") }), TYPING_MS);
+    const wait = /\.(sequence_length|image_size)$/.test(name) ? TYPING_SIZE_MS : TYPING_MS;
+    timer = setTimeout(() => ask({ add_text: "" }, { remember: !event.target.matches(":focus") }), wait);
   });
   form.addEventListener("change", (event) => {
     if (!/^(rule_|phase_|group_|mechanism|norm_statistics|dropout|train\.|assume\.)/.test(event.target.name)) return;

@@ -183,11 +183,11 @@ class Tasks:
                 catalog.end_task(session, row, "failed", "bad_spec", _CHANGED)
             else:
                 draft.replace(path)
+                for old in files.sized_graph_paths(data_dir, model.id or 0)[:-SIZES_KEPT]:
+                    old.unlink(missing_ok=True)
                 catalog.end_task(session, row, "succeeded")
 
         self._db.write(keep)
-        for old in files.sized_graph_paths(data_dir, task.model_id)[:-SIZES_KEPT]:
-            old.unlink(missing_ok=True)
         files.remove_folder(self._folder(task))
 
     def _folder(self, task: Task) -> Path:

@@ -85,9 +85,7 @@ class Plans(Models):
         if newest is not None and newest.state in LIVE_TASKS:
             return BEING_TRACED
         if newest is not None and newest.state != "succeeded" and _has_just_ended(newest):
-            return f"its trace {newest.state}{': ' if newest.error_message else ''}" + (
-                newest.error_message or ""
-            ).rstrip(".")
+            return _describe_end(newest)
         return self._begin_trace(model_id, sizes)
 
     def _begin_trace(self, model_id: int, sizes: Sizes) -> str:
@@ -156,6 +154,12 @@ class Plans(Models):
 def _read_request(doc: Mapping[str, Any]) -> tuple[FreezeConfig, Assumption]:
     document = members(doc, drop=("assume", *CONFIG_ROW_MEMBERS))
     return parse_config(document), parse_assumption(doc.get("assume"))
+
+
+def _describe_end(task: Task) -> str:
+    if task.state != "failed":
+        return "its trace was stopped"
+    return f"its trace failed: {task.error_message or 'no reason was recorded'}".rstrip(".")
 
 
 def _has_just_ended(task: Task) -> bool:

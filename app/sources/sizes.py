@@ -61,8 +61,8 @@ def size_example(
         bytes_after = _count_bytes(example) * _growth(sizes, changed)
         if bytes_after > MAX_EXAMPLE_BYTES:
             why = (
-                f"its example would take {bytes_after / 2**30:,.1f} GiB; of up to "
-                f"{MAX_EXAMPLE_BYTES // 2**30} GiB one is made"
+                f"its example would take {bytes_after / 2**30:,.1f} GiB, more than the "
+                f"{MAX_EXAMPLE_BYTES // 2**30} GiB that one may take"
             )
             return SizedExample(example, sizes, {**refused, **dict.fromkeys(changed, why)})
         example = make(changed) if make else _stretch(example, sizes, changed)

@@ -63,6 +63,42 @@ def test_a_model_that_was_timed_predicts_a_step_at_once(page: Page) -> None:
     expect(plan.get_by_role("row", name=re.compile("predicted time"))).to_contain_text("ms")
 
 
+def test_a_plan_for_another_size_comes_by_itself(page: Page) -> None:
+    open_workbench(page)
+    page.evaluate("window.same = true")
+    plan = page.locator("#answer .measures").first
+    forward = plan.get_by_role("row", name=re.compile("forward"))
+    before = forward.inner_text()
+    page.get_by_role("button", name="Time this model").click()  # the trace waits behind this task
+    expect(page.locator("#timing")).to_contain_text("A worker times the model")
+    page.get_by_text("assume something else").click()
+    page.locator("[name='assume.image_size']").fill("24")
+    note = page.locator("[data-tracing]")
+    expect(note).to_contain_text("Being traced for images of 24 × 24")
+    assert forward.inner_text() == before
+    for scheme in ("light", "dark"):
+        page.emulate_media(color_scheme="dark" if scheme == "dark" else "light")
+        for width in (1280, 390):
+            page.set_viewport_size({"width": width, "height": 900})
+            note.scroll_into_view_if_needed()
+            photograph(page, f"tracing-{scheme}-{width}")
+            assert find_violations(page) == []
+            assert page.evaluate("document.documentElement.scrollWidth - innerWidth") <= 0
+    page.set_viewport_size({"width": 1280, "height": 900})
+    # Somebody goes on meanwhile.
+    page.locator("[name='add_text']").fill("fc")
+    page.get_by_role("button", name="Add the rule").click()
+    expect(page.locator(".rules [name='rule_text']")).to_have_count(2)
+    expect(page.locator("#assume summary")).to_contain_text("image size 24", timeout=LONG_MS)
+    expect(note).to_have_count(0)
+    expect(forward).not_to_have_text(before)
+    expect(page.locator("[name='assume.image_size']")).to_have_value("24")
+    page.locator("[name='assume.image_size']").fill("1000000")
+    expect(page.locator(".findings")).to_contain_text("An image size of 1,000,000 was not applied")
+    photograph(page, "size-refused-light-1280")
+    assert page.evaluate("window.same")
+
+
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_layers_that_barely_move_are_told_and_frozen_by_one_button(page: Page, scheme: str) -> None:
     page.emulate_media(color_scheme="dark" if scheme == "dark" else "light")
