@@ -126,7 +126,7 @@ def _choose_attempt(folder: Path, number: int | None) -> Path:
 def _run(
     folder: Path, directory: Path, facts: Mapping[str, Any], report: "Report", wishes: "Wishes"
 ) -> tuple[str, int]:
-    """Read the spec, load what it names, then inspect, preview, try, evaluate or train it.
+    """Read the spec, load what it names, then inspect, trace, preview, try, evaluate or train it.
 
     Returns:
         The outcome and the step at which it came.
@@ -267,6 +267,12 @@ def _is_small(graph: Any) -> bool:
 
 
 _FOLDER_LISTS = ("code_dirs", "file_dirs")
+_NEEDED: dict[str, tuple[str, ...]] = {  # beside a model; others need a dataset
+    "inspect": (),
+    "mechanisms": (),
+    "calibrate": (),
+    "trace": ("sizes", "traced_by"),
+}
 
 
 def _read_spec(folder: Path) -> dict[str, Any]:
@@ -278,11 +284,7 @@ def _read_spec(folder: Path) -> dict[str, Any]:
     if spec.get("kind") not in KINDS:
         message = f"'kind' is {spec.get('kind')!r}; it must be one of {', '.join(KINDS)}."
         raise InvalidDocument([("kind", message)])
-    needed = (
-        ("model",)
-        if spec["kind"] in ("inspect", "mechanisms", "calibrate", "trace")
-        else ("model", "dataset")
-    )
+    needed = ("model", *_NEEDED.get(spec["kind"], ("dataset",)))
     if missing := [(name, f"The spec has no {name!r}.") for name in needed if name not in spec]:
         raise InvalidDocument(missing)
     return {**dict.fromkeys(_FOLDER_LISTS, ()), **spec}
