@@ -45,8 +45,10 @@ export function startWorkbench(form) {
   }
 
   function show(html) {
-    // Somebody may be typing in a rule: what has the focus keeps its value.
+    // Somebody may be typing in a rule: what has the focus keeps its value, as does a new rule.
+    const typed = form.elements.add_text.value;
     Idiomorph.morph(answer(), html, { morphStyle: "outerHTML", ignoreActiveValue: true });
+    form.elements.add_text.value = typed;
     htmx.process(answer());
     const states = JSON.parse(answer().dataset.states);
     tree.paint(states);
@@ -60,7 +62,19 @@ export function startWorkbench(form) {
   function lookAgain() {
     clearTimeout(look);
     if (!answer().querySelector("[data-tracing]")) return;
-    look = setTimeout(() => ask({ add_text: "" }, { remember: false }), TRACING_MS);
+    look = setTimeout(isTraced, TRACING_MS);
+  }
+  async function isTraced() {
+    // Of the address, not of the form: what somebody is filling in is neither sent nor replaced.
+    const body = new URLSearchParams(answer().dataset.address);
+    try {
+      const text = await (await send(`${home}/plan`, { method: "POST", body })).text();
+      const filling = document.activeElement?.closest(".phases li, .rule.add");
+      if (filling || text.includes("data-tracing")) lookAgain();
+      else ask({ add_text: "" }, { remember: false });
+    } catch (error) {
+      complain(error);
+    }
   }
   lookAgain();
 

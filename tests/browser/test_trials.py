@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 import pytest
-from playwright.sync_api import Page, expect
+from playwright.sync_api import Page, Route, expect
 
 from tests.browser.conftest import find_violations, photograph
 from tests.browser.test_jobs import end, launch, open_job, wait_for
@@ -76,6 +76,8 @@ def test_a_plan_for_another_size_comes_by_itself(page: Page) -> None:
     note = page.locator("[data-tracing]")
     expect(note).to_contain_text("Being traced for images of 24 × 24")
     assert forward.inner_text() == before
+    held: list[Route] = []  # the page's next question: what is shown stays as it is
+    page.route("**/models/1/plan", lambda route: held.append(route))
     for scheme in ("light", "dark"):
         page.emulate_media(color_scheme="dark" if scheme == "dark" else "light")
         for width in (1280, 390):
@@ -85,8 +87,11 @@ def test_a_plan_for_another_size_comes_by_itself(page: Page) -> None:
             assert find_violations(page) == []
             assert page.evaluate("document.documentElement.scrollWidth - innerWidth") <= 0
     page.set_viewport_size({"width": 1280, "height": 900})
-    # Somebody goes on meanwhile.
+    # Somebody goes on meanwhile, and keeps what was typed.
     page.locator("[name='add_text']").fill("fc")
+    for route in held:
+        route.continue_()
+    page.unroute("**/models/1/plan")
     page.get_by_role("button", name="Add the rule").click()
     expect(page.locator(".rules [name='rule_text']")).to_have_count(2)
     expect(page.locator("#assume summary")).to_contain_text("image size 24", timeout=LONG_MS)
