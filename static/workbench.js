@@ -69,7 +69,7 @@ export function startWorkbench(form) {
     const body = new URLSearchParams(answer().dataset.address);
     try {
       const text = await (await send(`${home}/plan`, { method: "POST", body })).text();
-      const filling = document.activeElement?.closest(".phases li, .rule.add");
+      const filling = document.activeElement?.matches(".phases li :is(input, select)");
       if (filling || text.includes("data-tracing")) lookAgain();
       else ask({ add_text: "" }, { remember: false });
     } catch (error) {
