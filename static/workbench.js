@@ -3,6 +3,8 @@ import { isTyping, singleKeysAct } from "./keys.js";
 import { startTree } from "./tree.js";
 
 const TYPING_MS = 250;
+const TYPING_SIZE_MS = 700; // a worker traces the model at every size that is asked for
+const TRACING_MS = 400;
 
 export function startWorkbench(form) {
   const model = form.dataset.model;
@@ -43,14 +45,38 @@ export function startWorkbench(form) {
   }
 
   function show(html) {
-    // Somebody may be typing in a rule: what has the focus keeps its value.
+    // Somebody may be typing in a rule: what has the focus keeps its value, as does a new rule.
+    const typed = form.elements.add_text.value;
     Idiomorph.morph(answer(), html, { morphStyle: "outerHTML", ignoreActiveValue: true });
+    form.elements.add_text.value = typed;
     htmx.process(answer());
     const states = JSON.parse(answer().dataset.states);
     tree.paint(states);
     main.querySelector(":scope > .notice")?.remove();
+    lookAgain();
     return states;
   }
+
+  // ---- the model is being traced at another size: its figures come by themselves
+  let look = 0;
+  function lookAgain() {
+    clearTimeout(look);
+    if (!answer().querySelector("[data-tracing]")) return;
+    look = setTimeout(isTraced, TRACING_MS);
+  }
+  async function isTraced() {
+    // Of the address, not of the form: what somebody is filling in is neither sent nor replaced.
+    const body = new URLSearchParams(answer().dataset.address);
+    try {
+      const text = await (await send(`${home}/plan`, { method: "POST", body })).text();
+      const filling = document.activeElement?.matches(".phases li :is(input, select)");
+      if (filling || text.includes("data-tracing")) lookAgain();
+      else ask({ add_text: "" }, { remember: false });
+    } catch (error) {
+      complain(error);
+    }
+  }
+  lookAgain();
 
   function complain(error) {
     main.querySelector(":scope > .notice")?.remove();
@@ -136,7 +162,8 @@ export function startWorkbench(form) {
     const { name } = event.target;
     if (name !== "rule_text" && !/^(train|assume)\./.test(name)) return;
     clearTimeout(timer);
-    timer = setTimeout(() => ask({ add_text: "" }, { remember: !event.target.matches(":focus") }), TYPING_MS);
+    const wait = /\.(sequence_length|image_size)$/.test(name) ? TYPING_SIZE_MS : TYPING_MS;
+    timer = setTimeout(() => ask({ add_text: "" }, { remember: !event.target.matches(":focus") }), wait);
   });
   form.addEventListener("change", (event) => {
     if (!/^(rule_|phase_|group_|mechanism|norm_statistics|dropout|train\.|assume\.)/.test(event.target.name)) return;

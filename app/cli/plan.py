@@ -39,8 +39,12 @@ def plan(
     freeze: Freeze = None,
     unfreeze: Unfreeze = None,
     batch_size: Annotated[int | None, typer.Option(min=1, help="Assume this batch.")] = None,
-    sequence_length: Annotated[int | None, typer.Option(min=1, help="Assume this length.")] = None,
-    image_size: Annotated[int | None, typer.Option(min=1, help="Assume these images.")] = None,
+    sequence_length: Annotated[
+        int | None, typer.Option(min=1, help="Assume texts of so many tokens.")
+    ] = None,
+    image_size: Annotated[
+        int | None, typer.Option(min=1, help="Assume images of so many pixels per side.")
+    ] = None,
     optimizer: Annotated[Literal["sgd", "adam", "adamw"] | None, typer.Option()] = None,
     precision: Annotated[Literal["fp32", "bf16", "fp16"] | None, typer.Option()] = None,
     all_: Annotated[bool, typer.Option("--all", help="Fold no repeated blocks.")] = False,

@@ -60,8 +60,8 @@ def make_cost(
         "full": dict(full),
         "assumed": {
             **asdict(assume),
-            "sequence_length": None,
-            "image_size": None,
+            "sequence_length": graph.sequence_length,
+            "image_size": graph.image_size,
             "batch_size": assume.batch_size or graph.batch_size,
             "traced_by": graph.traced_by,
             "timed_on": None if timing is None else timing.describe(),
@@ -85,8 +85,10 @@ def _find_fits(
 def _predict(
     graph: ModelGraph, share: Share, assume: Assumption, timing: Timing | None
 ) -> float | None:
-    """Milliseconds of one step where the model has been timed, at full precision."""
+    """Milliseconds of one step where the model has been timed, at full precision and this size."""
     if timing is None or assume.precision != "fp32" or not any(share.computed):
+        return None
+    if timing.timed_sizes != (graph.sequence_length, graph.image_size):
         return None
     batch_size = assume.batch_size or graph.batch_size
     ms = timing.predict_ms(graph, share.near, share.stepped, assume.optimizer, batch_size)

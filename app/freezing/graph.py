@@ -116,6 +116,7 @@ class ModelGraph:
         trace_note: why nothing better than `traced_by` worked, "" where nothing failed.
         forward_flops: of one forward pass on the example, operations outside autograd included.
         batch_size: first dimension of the example that was traced.
+        sequence_length, image_size: of that example, as far as it has them.
     """
 
     modules: tuple[Module, ...]
@@ -125,6 +126,8 @@ class ModelGraph:
     trace_note: str = ""
     forward_flops: int = 0
     batch_size: int = 1
+    sequence_length: int | None = None
+    image_size: int | None = None
 
     @property
     def parameter_count(self) -> int:
@@ -312,6 +315,8 @@ class ModelGraph:
             "trace_note": self.trace_note,
             "forward_flops": self.forward_flops,
             "batch_size": self.batch_size,
+            "sequence_length": self.sequence_length,
+            "image_size": self.image_size,
         }
 
     @classmethod
@@ -337,6 +342,8 @@ class ModelGraph:
             trace_note=document["trace_note"],
             forward_flops=document["forward_flops"],
             batch_size=document["batch_size"],
+            sequence_length=document.get("sequence_length"),  # an older graph says neither
+            image_size=document.get("image_size"),
         )
 
 

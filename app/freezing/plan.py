@@ -55,13 +55,16 @@ def plan_config(
     assume: Assumption | None = None,
     devices: Mapping[str, int] | None = None,
     timing: Timing | None = None,
+    why_not: Mapping[str, str] | None = None,
 ) -> Plan:
     """Say precisely what backward will do under a freeze config, and what it will cost.
 
     Args:
-        assume: batch size, optimizer and precision of the run to come.
+        assume: batch size, optimizer and precision of the run to come; its sizes hold where the
+            graph was traced at them.
         devices: name → bytes of memory, for ``fits``.
         timing: what a calibration of this model found, for ``predicted_step_ms``.
+        why_not: size → why the graph was not traced at the one that is assumed.
 
     Returns:
         The plan. Flow states and FLOPs are exact for the traced graph; bytes of activations are
@@ -86,7 +89,10 @@ def plan_config(
         trainable=tuple(compress(frozen, trains)),
         layers=tuple(_plan_layers(graph, bytes(trains), bytes(computed), near)),
         cost=make_cost(graph, share, assume, devices or {}, timing),
-        warnings=(*list_findings(graph, config, frozen), *_not_assumed(graph, assume)),
+        warnings=(
+            *list_findings(graph, config, frozen),
+            *_not_assumed(graph, assume, why_not or {}),
+        ),
     )
 
 
@@ -138,12 +144,15 @@ def _flow_by_order(trainable: int, trained_before: str) -> tuple[str, str]:
     return "idle", "frozen, and nothing before it is trained (not traced: by order)"
 
 
-def _not_assumed(graph: ModelGraph, assume: Assumption) -> Iterator[Finding]:
-    sizes = {"sequence length": assume.sequence_length, "image size": assume.image_size}
-    for what, value in sizes.items():
-        if value is not None and graph.nodes:
+def _not_assumed(
+    graph: ModelGraph, assume: Assumption, why_not: Mapping[str, str]
+) -> Iterator[Finding]:
+    for size in ("sequence_length", "image_size"):
+        value = getattr(assume, size)
+        if value is not None and graph.nodes and value != getattr(graph, size):
+            why = why_not.get(size, "the model was not traced at it")
             yield Finding(
                 "not_assumed",
-                f"A {what} of {value} was not applied: FLOPs and activations are those of the "
-                "example that was traced. Give the model's 'input' that size to plan for it.",
+                f"A{'n' if size[0] in 'aeiou' else ''} {size.replace('_', ' ')} of {value:,} was "
+                f"not applied: {why}. FLOPs and activations are those of the example.",
             )

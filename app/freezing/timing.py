@@ -30,11 +30,13 @@ class Timing:
     Attributes:
         device: as torch names it.
         threads: how many it was timed with.
+        timed_sizes: sequence length and image size of the example that it was timed on.
     """
 
     device: str
     threads: int
     batches: tuple[_Batch, ...]
+    timed_sizes: tuple[int | None, int | None] = (None, None)
 
     def describe(self) -> dict[str, Any]:
         """On what it was timed, as a plan shows it."""
@@ -102,4 +104,5 @@ def read_timing(document: Mapping[str, Any], graph: ModelGraph) -> Timing | None
             )
             for batch in document["batches"]
         ),
+        (graph.sequence_length, graph.image_size),
     )

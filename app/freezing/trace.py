@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -69,7 +69,13 @@ _SAVED_FOR: dict[str, dict[str, tuple[int, ...]]] = {
 }
 
 
-def trace_model(model: nn.Module, example: Any, *, loss: Loss | None = None) -> ModelGraph:
+def trace_model(
+    model: nn.Module,
+    example: Any,
+    *,
+    loss: Loss | None = None,
+    ways: Sequence[str] = ("fake", "real"),
+) -> ModelGraph:
     """Read a model's modules and its autograd graph, everything trainable, by one forward pass.
 
     The pass is made in train mode with a fixed seed, stochastic depth forced to keep, and under
@@ -85,6 +91,7 @@ def trace_model(model: nn.Module, example: Any, *, loss: Loss | None = None) -> 
             arguments; None where nothing is known.
         loss: ``(output, example) -> scalar``; by default the output's ``.loss``, else the mean
             square of its logits, last hidden state or first floating tensor.
+        ways: those that may be tried, the first that works is taken.
 
     Returns:
         The graph; `traced_by` says how it was got.
@@ -96,7 +103,7 @@ def trace_model(model: nn.Module, example: Any, *, loss: Loss | None = None) -> 
     if example is None:
         notes.append("There is no example to call it with; give 'input' a shape, or show it data.")
     else:
-        for how in ("fake", "real"):
+        for how in ways:
             if how == "real" and _fake_mode(model):
                 break  # there are no weights to compute with
             try:

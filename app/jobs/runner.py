@@ -29,6 +29,7 @@ LIVE_SECONDS = 0.1  # between two looks while something runs: how fresh charts a
 IDLE_SECONDS = 1.0
 ABSENT_SECONDS = 5.0  # a longer gap between two looks means that this process stood still
 TASK_SLOTS = 1
+WAITED_FOR = ("inspect", "preview", "trace")
 RESTART_FACTORS = (1, 6, 24)  # of the setting restart_seconds: the wait before each restart
 
 
@@ -219,8 +220,8 @@ class Runner:
         started = False
         self._count_busy()
         obstacle = self._find_obstacle(is_ready)
-        # Whoever adds a model or looks at data sits there and waits; what times a model takes long.
-        tasks = sorted(tasks, key=lambda task: task.kind not in ("inspect", "preview"))
+        # Somebody sits there and waits for these; what times a model takes long.
+        tasks = sorted(tasks, key=lambda task: task.kind not in WAITED_FOR)
         for task in tasks[: 0 if obstacle else max(0, TASK_SLOTS - self._busy_tasks)]:
             start = partial(self._tasks.start, task, self._devices[0], now)
             self._guarded(f"task {task.id}", start)

@@ -17,6 +17,9 @@ from app.store import catalog, files
 from app.store.db import Database
 from app.store.tables import Model, Task
 
+SIZES_KEPT = 16  # graphs of one model at other sizes than its example's
+_CHANGED = "The model is another than was inspected: its code has changed. Add it again."
+
 
 class Tasks:
     """One task from its start to its end; one thread calls it, tick by tick."""
@@ -100,6 +103,9 @@ class Tasks:
                 self._keep_graph(task, directory)
             elif task.kind == "preview":
                 self._keep_traced(task, directory)
+            elif task.kind == "trace":
+                self._keep_sized(task, directory)
+                return
         except (ValueError, KeyError, TypeError) as error:
             noun = "inspection" if task.kind == "inspect" else task.kind
             unread = Ending("failed", "lost", f"What the {noun} found cannot be read: {error}")
@@ -153,6 +159,36 @@ class Tasks:
             and model.fingerprint == ModelGraph.from_document(document).fingerprint
         ):
             job_folder.write_document(path, document)
+
+    def _keep_sized(self, task: Task, directory: Path) -> None:
+        """Keep the graph of a model at other sizes, or why there is none; its oldest ones go.
+
+        Of a model that was deleted, or that is another than was inspected, none is kept.
+        """
+        document = job_folder.read_document(directory / "graph.json")
+        if document is None or task.model_id is None:
+            raise ValueError("it wrote none.")
+        data_dir = self._settings.data_dir
+        path = files.sized_graph_path(data_dir, task.model_id, task.spec["sizes"])
+        draft = path.with_name(f".{path.name}")
+        job_folder.write_document(draft, document)
+
+        def keep(session: Session) -> None:
+            row, model = session.get_one(Task, task.id), session.get(Model, task.model_id)
+            if model is None:
+                draft.unlink()
+                catalog.end_task(session, row, "stopped")
+            elif document["fingerprint"] != model.fingerprint:
+                draft.unlink()
+                catalog.end_task(session, row, "failed", "bad_spec", _CHANGED)
+            else:
+                draft.replace(path)
+                for old in files.sized_graph_paths(data_dir, model.id or 0)[:-SIZES_KEPT]:
+                    old.unlink(missing_ok=True)
+                catalog.end_task(session, row, "succeeded")
+
+        self._db.write(keep)
+        files.remove_folder(self._folder(task))
 
     def _folder(self, task: Task) -> Path:
         assert task.id is not None

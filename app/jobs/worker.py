@@ -35,7 +35,7 @@ LOG_BYTES = 10 * 2**20
 SIGN_SECONDS = 1.0  # between two signs of life of the loop
 TRACEBACK_BYTES = 64 * 2**10
 MESSAGE_CHARACTERS = 1000
-KINDS = ("train", "evaluate", "inspect", "preview", "mechanisms", "calibrate")
+KINDS = ("train", "evaluate", "inspect", "preview", "mechanisms", "calibrate", "trace")
 SMALL_MODEL_BYTES = 2 * 2**30
 
 
@@ -126,7 +126,7 @@ def _choose_attempt(folder: Path, number: int | None) -> Path:
 def _run(
     folder: Path, directory: Path, facts: Mapping[str, Any], report: "Report", wishes: "Wishes"
 ) -> tuple[str, int]:
-    """Read the spec, load what it names, then inspect, preview, try, evaluate or train it.
+    """Read the spec, load what it names, then inspect, trace, preview, try, evaluate or train it.
 
     Returns:
         The outcome and the step at which it came.
@@ -158,13 +158,17 @@ def _run(
     random.seed(recipe.seed)
     torch.manual_seed(recipe.seed)
     numpy.random.seed(recipe.seed % 2**32)
-    if spec["kind"] == "calibrate" and not model_spec.uri.startswith(("python:", "demo:")):
+    if spec["kind"] in ("calibrate", "trace") and not model_spec.uri.startswith(
+        ("python:", "demo:")
+    ):
         model_spec = replace(model_spec, random_init=True, weights=None)  # values take no time
-    built = build_model(model_spec, code_dirs=code_dirs, weightless=is_inspection or is_preview)
+    weightless = is_inspection or is_preview or spec.get("traced_by") == "fake"
+    built = build_model(model_spec, code_dirs=code_dirs, weightless=weightless)
     for note in built.notes:
         print(note, flush=True)
     if is_inspection:
         from app.freezing.trace import trace_model
+        from app.sources.sizes import size_example
 
         digest = _digest_weights(built.model)  # before a forward in train mode moves a buffer
         graph = trace_model(built.model, built.example, loss=built.loss)
@@ -173,8 +177,15 @@ def _run(
             untrained = replace(model_spec, random_init=True, weights=None)
             built = build_model(untrained, code_dirs=code_dirs)
             graph = trace_model(built.model, built.example, loss=built.loss)
-        document = {**graph.to_document(), "weights_digest": digest}
+        sizes = size_example(built.example, {}, built.make).sizes
+        document = {**graph.to_document(), **sizes, "weights_digest": digest}
         job_folder.write_document(directory / "graph.json", document)
+        return "succeeded", 0
+    if spec["kind"] == "trace":
+        from app.sources.traces import trace_at_sizes
+
+        found = trace_at_sizes(built, spec["sizes"], spec["traced_by"])
+        job_folder.write_document(directory / "graph.json", found)
         return "succeeded", 0
     if is_preview:
         from app.sources.preview import preview_dataset, trace_on_data
@@ -256,6 +267,12 @@ def _is_small(graph: Any) -> bool:
 
 
 _FOLDER_LISTS = ("code_dirs", "file_dirs")
+_NEEDED: dict[str, tuple[str, ...]] = {  # beside a model; others need a dataset
+    "inspect": (),
+    "mechanisms": (),
+    "calibrate": (),
+    "trace": ("sizes", "traced_by"),
+}
 
 
 def _read_spec(folder: Path) -> dict[str, Any]:
@@ -267,11 +284,7 @@ def _read_spec(folder: Path) -> dict[str, Any]:
     if spec.get("kind") not in KINDS:
         message = f"'kind' is {spec.get('kind')!r}; it must be one of {', '.join(KINDS)}."
         raise InvalidDocument([("kind", message)])
-    needed = (
-        ("model",)
-        if spec["kind"] in ("inspect", "mechanisms", "calibrate")
-        else ("model", "dataset")
-    )
+    needed = ("model", *_NEEDED.get(spec["kind"], ("dataset",)))
     if missing := [(name, f"The spec has no {name!r}.") for name in needed if name not in spec]:
         raise InvalidDocument(missing)
     return {**dict.fromkeys(_FOLDER_LISTS, ()), **spec}

@@ -28,12 +28,12 @@ from app.service.documents import (
     read_id,
     shorten_config,
 )
-from app.service.models import Models
+from app.service.plans import Plans
 from app.store import catalog
 from app.store.tables import FreezeConfigRow, Model, utc_now
 
 
-class Configs(Models):
+class Configs(Plans):
     """Verbs on saved freeze configs."""
 
     def save_config(self, doc: Mapping[str, Any]) -> Document:

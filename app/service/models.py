@@ -1,29 +1,16 @@
-"""Verbs on models: have one inspected, read its tree, plan a freeze config on it."""
+"""Verbs on models: have one inspected, read its tree, delete it."""
 
 import gc
-import json
 from collections.abc import Mapping
-from dataclasses import asdict
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from sqlmodel import Session
 
-from app.freezing.assume import parse_assumption
-from app.freezing.config import config_document, parse_config
 from app.freezing.graph import ModelGraph
-from app.freezing.plan import plan_config
-from app.freezing.timing import Timing, read_timing
 from app.jobs import folder as job_folder
-from app.service.documents import (
-    CONFIG_ROW_MEMBERS,
-    Conflict,
-    Document,
-    find_row,
-    members,
-    model_document,
-)
+from app.service.documents import Conflict, Document, find_row, model_document
 from app.service.ground import Ground, RunnerStatus
 from app.settings import Settings
 from app.sources.spec import parse_model_spec, spec_document
@@ -39,9 +26,6 @@ class Models(Ground):
         super().__init__(settings, db, runner_status)
         # Told apart by when they were written; ids are never given twice.
         self._load_graph = lru_cache(maxsize=4)(self._load_graph_uncached)
-        self._load_timing = lru_cache(maxsize=4)(self._load_timing_uncached)
-        # The rows that somebody opens next are of the plan that was just made.
-        self._plan = lru_cache(maxsize=16)(self._plan_uncached)
 
     def add_model(self, doc: Mapping[str, Any]) -> Document:
         """Take a model spec and have it inspected."""
@@ -94,8 +78,10 @@ class Models(Ground):
             return task
 
         task = self._db.write(delete)
-        for path in (files.graph_path, files.model_card_path, files.timing_path):
-            path(self._settings.data_dir, model_id).unlink(missing_ok=True)
+        for place in (files.graph_path, files.model_card_path, files.timing_path):
+            place(self._settings.data_dir, model_id).unlink(missing_ok=True)
+        for path in files.sized_graph_paths(self._settings.data_dir, model_id):
+            path.unlink(missing_ok=True)
         if task is not None and task.state == "stopping":
             self._runner.wake()
         elif task is not None and task.id is not None:
@@ -121,51 +107,26 @@ class Models(Ground):
         if document is None:
             raise Conflict(f"What was read of model {model_id} is gone; add the model again.")
         graph = ModelGraph.from_document(document)
-        # Hundreds of thousands of lasting objects: looked through at every full collection, they
-        # would stop a tick for 80 ms now and then. They hold no cycles, so they go by their counts.
-        gc.collect()
-        gc.freeze()
+        settle()
         return graph
-
-    def make_plan(self, model_id: int, doc: Mapping[str, Any]) -> Document:
-        document = members(doc, drop=("assume", *CONFIG_ROW_MEMBERS))
-        config, assume = parse_config(document), parse_assumption(doc.get("assume"))
-        memory = tuple((device["id"], device["bytes"]) for device in self._runner.devices())
-        asked = json.dumps([config_document(config), asdict(assume)], sort_keys=True)
-        self.read_graph(model_id)  # refuses what is not ready, plan or no plan
-        written = self._traced_at(model_id), self._timed_at(model_id)
-        return self._plan(model_id, asked, memory, *written)
-
-    def _plan_uncached(
-        self,
-        model_id: int,
-        asked: str,
-        memory: tuple[tuple[str, int], ...],
-        traced_at: int | None,
-        timed_at: int | None,
-    ) -> Document:
-        config, assume = json.loads(asked)
-        graph = self._load_graph(model_id, traced_at)
-        timing = None if timed_at is None else self._load_timing(model_id, timed_at)
-        return plan_config(
-            graph, parse_config(config), parse_assumption(assume), dict(memory), timing
-        ).document()
 
     def _traced_at(self, model_id: int) -> int | None:
         """When the model was last traced: one without an example also is on a dataset's batch."""
-        return _written_at(files.graph_path(self._settings.data_dir, model_id))
-
-    def _timed_at(self, model_id: int) -> int | None:
-        """When the model was last calibrated, None if never."""
-        return _written_at(files.timing_path(self._settings.data_dir, model_id))
-
-    def _load_timing_uncached(self, model_id: int, _timed_at: int) -> Timing | None:
-        path = files.timing_path(self._settings.data_dir, model_id)
-        document = job_folder.read_document(path)
-        return None if document is None else read_timing(document, self.read_graph(model_id))
+        return written_at(files.graph_path(self._settings.data_dir, model_id))
 
 
-def _written_at(path: Path) -> int | None:
+def settle() -> None:
+    """Have the collector leave out what is there now.
+
+    A graph is hundreds of thousands of lasting objects: looked through at every full collection,
+    they would stop a tick for 80 ms now and then. They hold no cycles, so they go by their counts.
+    """
+    gc.collect()
+    gc.freeze()
+
+
+def written_at(path: Path) -> int | None:
+    """When a file was last written, None where there is none."""
     try:
         return path.stat().st_mtime_ns
     except FileNotFoundError:

@@ -6,7 +6,7 @@ from typing import Any
 from app.freezing.config import config_document, parse_config
 from app.freezing.errors import InvalidDocument
 from app.service.documents import CONFIG_ROW_MEMBERS, Conflict, Document, collecting, members
-from app.service.models import Models
+from app.service.plans import Plans
 from app.sources.spec import parse_dataset_spec, spec_document
 from app.training.recipe import parse_recipe, recipe_document
 
@@ -15,7 +15,7 @@ MAX_STEPS = 100
 MAX_TIMED_BYTES = 2 * 2**30
 
 
-class Trials(Models):
+class Trials(Plans):
     """Verbs that try things on a model."""
 
     def calibrate(self, model_id: int) -> Document:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Iterator, Mapping
+from itertools import cycle, islice
 from typing import Any
 
 import torch
@@ -17,10 +18,8 @@ _FRAMES = 256  # of sound, where the model leaves open how many; of video its co
 _GRID = 8  # patches each way, of pictures that may have any size
 
 
-def make_example(
-    model: nn.Module, config: Any, image_shape: tuple[int, int, int], *, both_towers: bool
-) -> dict[str, Any] | None:
-    """One batch by the names of the arguments that the model's forward takes.
+class ExampleMaker:
+    """Makes one batch by the names of the arguments that a model's forward takes.
 
     Whole numbers are such as the model may meet, because a trace follows them; what floats is 0.
 
@@ -29,15 +28,41 @@ def make_example(
         both_towers: give a model of text and pictures both, where it has no token that stands for
             a picture.
 
-    Returns:
-        None where the model wants something whose shape nobody can tell.
+    Attributes:
+        own: the length of texts and the side of images where nobody wants others; no side where
+            images are no squares.
     """
-    takes = inspect.signature(model.forward).parameters
-    given = _Given(model, config, image_shape)
-    wanted = list(dict.fromkeys(_list_wanted(model, config, takes, both_towers)))
-    if not wanted or any(name not in _MAKERS for name in wanted):
-        return None
-    return {name: _MAKERS[name](given) for name in wanted}
+
+    def __init__(
+        self,
+        model: nn.Module,
+        config: Any,
+        image_shape: tuple[int, int, int],
+        *,
+        both_towers: bool,
+    ) -> None:
+        self._model, self._config = model, config
+        self._image_shape, self._both_towers = image_shape, both_towers
+        _, height, width = image_shape
+        square = {"image_size": height} if height == width else {}
+        self.own: Mapping[str, int] = {"sequence_length": EXAMPLE_TOKENS, **square}
+
+    def __call__(self, wanted: Mapping[str, int]) -> dict[str, Any] | None:
+        """One batch, with the `sequence_length` and `image_size` that are wanted, if any.
+
+        Returns:
+            None where the model wants something whose shape nobody can tell.
+        """
+        channels, height, width = self._image_shape
+        if "image_size" in wanted:
+            height = width = wanted["image_size"]
+        takes = inspect.signature(self._model.forward).parameters
+        length = wanted.get("sequence_length", EXAMPLE_TOKENS)
+        given = _Given(self._model, self._config, (channels, height, width), length)
+        names = dict.fromkeys(_list_wanted(self._model, self._config, takes, self._both_towers))
+        if not names or any(name not in _MAKERS for name in names):
+            return None
+        return {name: _MAKERS[name](given) for name in names}
 
 
 def find_option(config: Any, *names: str, default: Any) -> Any:
@@ -116,8 +141,11 @@ def list_parts(config: Any) -> list[Any]:
 class _Given:
     """What a maker of an argument asks: the model, its configuration, and sizes read from both."""
 
-    def __init__(self, model: nn.Module, config: Any, image_shape: tuple[int, int, int]) -> None:
-        self.model, self.config, self.image_shape = model, config, image_shape
+    def __init__(
+        self, model: nn.Module, config: Any, image_shape: tuple[int, int, int], length: int
+    ) -> None:
+        self.model, self.config = model, config
+        self.image_shape, self.length = image_shape, length
         self.takes = inspect.signature(model.forward).parameters
 
     def has(self, *names: str) -> bool:
@@ -130,8 +158,9 @@ class _Given:
     def zeros(self, *shape: int) -> Tensor:
         return torch.zeros(EXAMPLE_BATCH, *shape)
 
-    def tokens(self, length: int = EXAMPLE_TOKENS) -> Tensor:
+    def tokens(self, length: int | None = None) -> Tensor:
         """Words that mean nothing special, and the end of a text where there is one."""
+        length = length or self.length
         text = self.config.get_text_config() if hasattr(self.config, "get_text_config") else None
         size = find_option(text or self.config, "vocab_size", default=0) or 1_000
         special = {
@@ -141,7 +170,11 @@ class _Given:
             if name.endswith(("_token_id", "_token_index")) and isinstance(value, int)
         }
         plain = [i for i in range(min(size, 4 * length + len(special))) if i not in special] or [0]
-        row = (plain[1:] + plain)[:length] if len(plain) >= length else (plain * length)[:length]
+        row = (
+            (plain[1:] + plain)[:length]
+            if len(plain) >= length
+            else [*islice(cycle(plain), length)]
+        )
         end = getattr(text or self.config, "eos_token_id", None)
         if isinstance(end, int) and 0 <= end < size:
             row[-1] = end
@@ -224,7 +257,7 @@ def _make_sizes(_: _Given) -> Tensor:
 
 
 def _make_boxes(given: _Given) -> Tensor:
-    corners = torch.tensor([0, 0, 1, 1]).expand(EXAMPLE_BATCH, EXAMPLE_TOKENS, 4).clone()
+    corners = torch.tensor([0, 0, 1, 1]).expand(EXAMPLE_BATCH, given.length, 4).clone()
     return corners.float() if given.has("bbox_scale") else corners  # Bros takes them from 0 to 1
 
 
@@ -233,7 +266,7 @@ def _make_sound(given: _Given) -> Tensor:
     if given.has("frequency_stride"):
         return given.zeros(given.config.max_length, given.config.num_mel_bins)
     if given.has("speech_decoder_prenet_units"):  # SpeechT5 alone, what makes vectors left out
-        return given.zeros(EXAMPLE_TOKENS, given.config.hidden_size)
+        return given.zeros(given.length, given.config.hidden_size)
     step = given.find("samples_per_token", default=1)
     samples = _SECOND // step * step
     is_codec = given.has("codebook_size", "upsampling_ratios", "downsampling_ratios")
@@ -298,12 +331,12 @@ def _make_future(given: _Given) -> Tensor:
 
 
 def _make_latents(given: _Given) -> Tensor:
-    return given.zeros(given.find("hidden_size", "latent_dim", default=1), EXAMPLE_TOKENS)
+    return given.zeros(given.find("hidden_size", "latent_dim", default=1), given.length)
 
 
 def _states(*names: str) -> _Maker:
     """A row of numbers for each token, as wide as the option says."""
-    return lambda given: given.zeros(EXAMPLE_TOKENS, given.find(*names, default=1))
+    return lambda given: given.zeros(given.length, given.find(*names, default=1))
 
 
 def _like(name: str) -> _Maker:
@@ -319,7 +352,7 @@ _MAKERS: dict[str, _Maker] = {
     "input_ids": _make_tokens,
     "decoder_input_ids": _make_decoder_tokens,
     "qformer_input_ids": _Given.tokens,
-    "task_inputs": lambda given: given.tokens(given.find("task_seq_len", default=EXAMPLE_TOKENS)),
+    "task_inputs": lambda given: given.tokens(given.find("task_seq_len", default=given.length)),
     "bbox": _make_boxes,
     "inputs_embeds": _states("hidden_size"),
     "query_embeds": _states("hidden_size"),
@@ -367,9 +400,9 @@ _MAKERS: dict[str, _Maker] = {
     ),
     "states": _states("state_dim"),
     "actions": _states("act_dim"),
-    "rewards": lambda given: given.zeros(EXAMPLE_TOKENS, 1),
-    "returns_to_go": lambda given: given.zeros(EXAMPLE_TOKENS, 1),
-    "timesteps": lambda _: torch.arange(EXAMPLE_TOKENS).repeat(EXAMPLE_BATCH, 1),
+    "rewards": lambda given: given.zeros(given.length, 1),
+    "returns_to_go": lambda given: given.zeros(given.length, 1),
+    "timesteps": lambda given: torch.arange(given.length).repeat(EXAMPLE_BATCH, 1),
 }
 # Optional by their signature, and refused without.
 _COMPANIONS = frozenset(

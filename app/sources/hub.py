@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.nn.modules.module import register_module_parameter_registration_hook
 from torch.overrides import TorchFunctionMode
 
-from app.sources.example import EXAMPLE_BATCH, find_option, list_parts, make_example
+from app.sources.example import EXAMPLE_BATCH, ExampleMaker, find_option, list_parts
 from app.sources.fetch import ask_hub, fetch_weights, in_words
 from app.sources.intake import IMAGENET_MEAN, IMAGENET_STD, Intake
 from app.sources.libraries import load_library
@@ -113,7 +113,7 @@ def is_weightless(model: nn.Module) -> bool:
 
 def build_transformers_model(
     name: str, spec: ModelSpec, *, weightless: bool
-) -> tuple[nn.Module, Any, Intake, tuple[str, ...]]:
+) -> tuple[nn.Module, ExampleMaker, Intake, tuple[str, ...]]:
     """Build an ``hf:`` model by its configuration, with its pretrained weights where wanted.
 
     Args:
@@ -121,7 +121,7 @@ def build_transformers_model(
         weightless: build the structure alone, on fake tensors; weights are not even looked for.
 
     Returns:
-        The model, an example batch (None where nothing is known), what it takes in, and notes.
+        The model, what makes example batches for it, what it takes in, and notes.
 
     Raises:
         InvalidDocument: missing, gated, unreachable, needs remote code, has no such head.
@@ -156,10 +156,8 @@ def build_transformers_model(
         else:
             model, notes = _load_pretrained(auto, name, spec, config)
     intake = _describe_intake(config, task, model, name, spec)
-    example = make_example(
-        model, config, intake.image_shape, both_towers=task == "feature-extraction"
-    )
-    return model, example, intake, notes
+    make = ExampleMaker(model, config, intake.image_shape, both_towers=task == "feature-extraction")
+    return model, make, intake, notes
 
 
 def _read_config(transformers: Any, name: str, spec: ModelSpec) -> Any:

@@ -22,6 +22,7 @@ from app.sources.demo.networks import build_network, input_shape
 from app.sources.hub import build_transformers_model, build_vision_model, is_weightless
 from app.sources.intake import Intake
 from app.sources.libraries import first_line
+from app.sources.sizes import Maker
 from app.sources.spec import InputSpec, ModelSpec, is_set_name, split_uri
 from app.sources.user_code import (
     call_factory,
@@ -43,6 +44,8 @@ class BuiltModel:
             where neither the factory nor the spec gave one.
         loss: ``(output, batch) -> scalar tensor``; None leaves it to the output or the targets.
         metrics: name → ``(output, batch) -> float``.
+        make: made the example from a configuration, and makes it at other sizes; None where the
+            example was given.
         intake: how rows of a table become its batches; None where it takes no rows.
         notes: what whoever trains it should know, in sentences.
     """
@@ -53,6 +56,7 @@ class BuiltModel:
     metrics: Mapping[str, Callable[[Any, Any], float]] = field(default_factory=dict)
     intake: Intake | None = None
     notes: tuple[str, ...] = ()
+    make: Maker | None = None
 
 
 def build_model(
@@ -75,13 +79,13 @@ def build_model(
     elif scheme == "python":
         built = _read_answer(call_factory(rest, spec.kwargs, code_dirs=code_dirs), spec.uri)
     elif scheme == "hf":
-        model, example, intake, notes = build_transformers_model(rest, spec, weightless=weightless)
-        built = BuiltModel(model, example, intake=intake, notes=notes)
+        model, make, intake, notes = build_transformers_model(rest, spec, weightless=weightless)
+        built = BuiltModel(model, make({}), intake=intake, notes=notes, make=make)
     else:
         model, example, intake = build_vision_model(scheme, rest, spec, weightless=weightless)
         built = BuiltModel(model, example, intake=intake)
     if spec.input is not None:
-        built = replace(built, example=make_example(spec.input))
+        built = replace(built, example=make_example(spec.input), make=None)
     if built.intake is None and isinstance(built.example, Tensor) and built.example.dim() == 4:
         _, channels, height, width = built.example.shape
         intake = Intake("image-classification", image_shape=(channels, height, width))

@@ -6,6 +6,7 @@ import base64
 import io
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from math import isfinite
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from app.sources.items import Items, TextEncoder
 from app.sources.libraries import load_library
 from app.sources.models import EXAMPLE_BATCH, BuiltModel
 from app.sources.rows import TASK_ROLES, Rows, read_labels, read_rows
+from app.sources.sizes import size_example
 from app.sources.spec import DatasetSpec, split_uri
 from app.sources.user_code import run_user_code
 
@@ -73,11 +75,18 @@ def trace_on_data(built: BuiltModel, data: Data) -> ModelGraph:
     collate = data.collate or default_collate
     batch = run_user_code(lambda: collate(items), "Making a batch of the data", "data_error")
     if isinstance(batch, Mapping):
-        return trace_model(built.model, batch, loss=built.loss)
+        return _note_sizes(trace_model(built.model, batch, loss=built.loss), batch)
     own = built.loss
-    return trace_model(
+    graph = trace_model(
         built.model, batch[0], loss=None if own is None else lambda output, _: own(output, batch)
     )
+    return _note_sizes(graph, batch[0])
+
+
+def _note_sizes(graph: ModelGraph, batch: Any) -> ModelGraph:
+    sizes = size_example(batch, {}).sizes
+    length, side = sizes.get("sequence_length"), sizes.get("image_size")
+    return replace(graph, sequence_length=length, image_size=side)
 
 
 def show_rows(rows: Rows, intake: Intake | None) -> dict[str, Any]:

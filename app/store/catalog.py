@@ -36,6 +36,12 @@ def task_of_model(session: Session, model_id: int) -> Task | None:
     return session.exec(query).first()
 
 
+def tasks_of_model(session: Session, model_id: int, kind: str) -> Sequence[Task]:
+    """A model's tasks of a kind, newest first."""
+    query = select(Task).where(Task.model_id == model_id, Task.kind == kind)
+    return session.exec(query.order_by(col(Task.id).desc())).all()
+
+
 def tasks_in(session: Session, *states: str) -> Sequence[Task]:
     """Tasks in these states, oldest first."""
     query = select(Task).where(col(Task.state).in_(states))

@@ -5,7 +5,7 @@ import os
 import shutil
 import stat
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 
@@ -27,6 +27,21 @@ def model_card_path(data_dir: Path, model_id: int) -> Path:
 
 def timing_path(data_dir: Path, model_id: int) -> Path:
     return data_dir / "graphs" / f"{model_id}.timing.json"
+
+
+def sized_graph_path(data_dir: Path, model_id: int, sizes: Mapping[str, int]) -> Path:
+    """Where the graph of a model lies that was traced at other sizes than its example's."""
+    words = ",".join(f"{name}={size}" for name, size in sorted(sizes.items()))
+    return data_dir / "graphs" / f"{model_id}.{words}.json"
+
+
+def sized_graph_paths(data_dir: Path, model_id: int) -> list[Path]:
+    """The graphs of a model at other sizes, the oldest first."""
+    written: list[tuple[int, Path]] = []
+    for path in (data_dir / "graphs").glob(f"{model_id}.*=*.json"):
+        with contextlib.suppress(FileNotFoundError):  # removed in this moment
+            written.append((path.stat().st_mtime_ns, path))
+    return [path for _, path in sorted(written)]
 
 
 def read_logs(folder: Path, after: int = 0, limit: int = 2**24) -> bytes:

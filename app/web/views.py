@@ -196,7 +196,11 @@ class Field:
 
 @dataclass(frozen=True, slots=True)
 class WorkbenchView:
-    """The model's page. `address` is the query string that holds everything that was chosen."""
+    """The model's page. `address` is the query string that holds everything that was chosen.
+
+    Attributes:
+        tracing: the sizes that a worker traces the model at now, in words; "" where it does not.
+    """
 
     shell: Shell
     model: Document
@@ -212,6 +216,7 @@ class WorkbenchView:
     dropout: str = DROPOUT_POLICIES[0]
     plan: PlanPanel | None = None
     assume: Sequence[Field] = ()
+    tracing: str = ""
     states: str = "{}"
     address: str = ""
     base: Document | None = None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 import pytest
-from playwright.sync_api import Page, expect
+from playwright.sync_api import Page, Route, expect
 
 from tests.browser.conftest import find_violations, photograph
 from tests.browser.test_jobs import end, launch, open_job, wait_for
@@ -61,6 +61,47 @@ def test_a_model_that_was_timed_predicts_a_step_at_once(page: Page) -> None:
     page.locator('.row[data-path="layer2"] .box').click()
     expect(page.locator('.row[data-path="layer2"] .box')).to_have_attribute("aria-checked", "true")
     expect(plan.get_by_role("row", name=re.compile("predicted time"))).to_contain_text("ms")
+
+
+def test_a_plan_for_another_size_comes_by_itself(page: Page) -> None:
+    open_workbench(page)
+    page.evaluate("window.same = true")
+    plan = page.locator("#answer .measures").first
+    forward = plan.get_by_role("row", name=re.compile("forward"))
+    before = forward.inner_text()
+    page.get_by_role("button", name="Time this model").click()  # the trace waits behind this task
+    expect(page.locator("#timing")).to_contain_text("A worker times the model")
+    page.get_by_text("assume something else").click()
+    page.locator("[name='assume.image_size']").fill("24")
+    note = page.locator("[data-tracing]")
+    expect(note).to_contain_text("Being traced for images of 24 × 24")
+    assert forward.inner_text() == before
+    held: list[Route] = []  # the page's next question: what is shown stays as it is
+    page.route("**/models/1/plan", lambda route: held.append(route))
+    for scheme in ("light", "dark"):
+        page.emulate_media(color_scheme="dark" if scheme == "dark" else "light")
+        for width in (1280, 390):
+            page.set_viewport_size({"width": width, "height": 900})
+            note.scroll_into_view_if_needed()
+            photograph(page, f"tracing-{scheme}-{width}")
+            assert find_violations(page) == []
+            assert page.evaluate("document.documentElement.scrollWidth - innerWidth") <= 0
+    page.set_viewport_size({"width": 1280, "height": 900})
+    # Somebody goes on meanwhile, and keeps what was typed.
+    page.locator("[name='add_text']").fill("fc")
+    for route in held:
+        route.continue_()
+    page.unroute("**/models/1/plan")
+    page.get_by_role("button", name="Add the rule").click()
+    expect(page.locator(".rules [name='rule_text']")).to_have_count(2)
+    expect(page.locator("#assume summary")).to_contain_text("image size 24", timeout=LONG_MS)
+    expect(note).to_have_count(0)
+    expect(forward).not_to_have_text(before)
+    expect(page.locator("[name='assume.image_size']")).to_have_value("24")
+    page.locator("[name='assume.image_size']").fill("1000000")
+    expect(page.locator(".findings")).to_contain_text("An image size of 1,000,000 was not applied")
+    photograph(page, "size-refused-light-1280")
+    assert page.evaluate("window.same")
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

@@ -121,6 +121,17 @@ def test_a_plan_takes_its_rules_in_the_order_they_came(served: Path) -> None:
     assert re.search(r"layer3 .*trained", text)
 
 
+def test_a_plan_is_made_for_another_size(served: Path) -> None:
+    small, large = (
+        json.loads(run(served, "plan", "demo:digits", "--image-size", str(side), "--json"))["cost"]
+        for side in (8, 16)
+    )
+    assert large["assumed"]["image_size"] == 16
+    assert large["activation_bytes"] > 3 * small["activation_bytes"]
+    refused = run(served, "plan", "demo:digits", "--sequence-length", "9")
+    assert "A sequence length of 9 was not applied: its example has no sequence" in refused
+
+
 def test_a_plan_says_what_it_assumed(served: Path) -> None:
     model = "demo:digits"
     options = ("--freeze", "stem", "--batch-size", "64", "--optimizer", "sgd")

@@ -1,14 +1,20 @@
 """Models: add, list, read, plan, delete."""
 
+from time import monotonic
 from typing import Annotated, Literal
 
-from fastapi import APIRouter, Depends, Query, Response
+from fastapi import APIRouter, Depends, FastAPI, Query, Request, Response
+from starlette.concurrency import run_in_threadpool
 
-from app.web.api.body import Answer, Body, Id, Limit, OptionalId, Verbs, takes
+from app.service import Service
+from app.web.api.body import Answer, Body, Document, Id, Limit, OptionalId, Verbs, takes
 from app.web.guard import changes_nothing, signed_in
+from app.web.stream import LOOK_S, is_closing
 
 router = APIRouter(prefix="/models", tags=["models"], dependencies=[Depends(signed_in)])
 
+# So long a plan waits for a trace at the sizes that it assumes.
+PATIENCE_S = 20.0
 RULES = [{"action": "freeze", "match": "layer1.**"}]
 
 
@@ -48,9 +54,25 @@ def read_tree(service: Verbs, model_id: Id) -> Answer:
     openapi_extra=takes(rules=RULES),
     dependencies=[Depends(changes_nothing)],
 )
-def make_plan(service: Verbs, model_id: Id, body: Body) -> Answer:
-    """What a freeze config does to this model: states, flow, cost, warnings."""
-    return Answer(service.make_plan(model_id, body))
+async def make_plan(request: Request, service: Verbs, model_id: Id, body: Body) -> Answer:
+    """What a freeze config does to this model: states, flow, cost, warnings.
+
+    A `sequence_length` or `image_size` in `assume` that the model was not traced at yet is waited
+    for, 20 seconds at most; the finding `not_assumed` says why the figures are not of that size.
+    """
+    await _wait_for_sizes(request.app, service, model_id, body)
+    return Answer(await run_in_threadpool(service.make_plan, model_id, body))
+
+
+async def _wait_for_sizes(app: FastAPI, service: Service, model_id: int, body: Document) -> None:
+    """Until nothing is being traced for a plan, or patience ends; it holds no thread meanwhile."""
+    end = monotonic() + PATIENCE_S
+    while not is_closing(app):
+        seen = service.version  # before the question: what comes in between is not missed
+        left = end - monotonic()
+        if not await run_in_threadpool(service.is_tracing, model_id, body) or left <= 0:
+            return
+        await service.wait_for_change(seen, min(LOOK_S, left))
 
 
 @router.post(

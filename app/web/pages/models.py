@@ -145,12 +145,24 @@ def _build(
             model_form.spec_address(model["spec"]),
         )
         return WorkbenchView(shell=page, model=model, again=again)
-    plan = service.make_plan(model_id, workbench.plan_request(choice))
+    asked = workbench.plan_request(choice)
+    # Before the plan, which knows more then: a page that is not told of a trace does not ask again.
+    is_tracing = service.is_tracing(model_id, asked)
+    plan = service.make_plan(model_id, asked)
     before = service.make_plan(model_id, workbench.plan_request(seen)) if seen else None
     saved = service.list_configs(model_id=model_id)
     graph = service.read_graph(model_id)
     view = build_view(
-        request, model, graph, choice, plan, saved, faults, before, with_rows=with_rows
+        request,
+        model,
+        graph,
+        choice,
+        plan,
+        saved,
+        faults,
+        before,
+        with_rows=with_rows,
+        is_tracing=is_tracing,
     )
     is_hidden = request.cookies.get(GUIDE_COOKIE) == "hidden"
     is_demo = str(model["uri"]).startswith("demo:")

@@ -42,12 +42,14 @@ def build_view(
     plan_before: Document | None = None,
     *,
     with_rows: bool = True,
+    is_tracing: bool = False,
 ) -> WorkbenchView:
     """The whole page for one choice, given the plan that it leads to.
 
     Args:
         plan_before: the plan that the page shows already; the states are those that differ.
         with_rows: whether the rows of the tree are wanted, or their states alone.
+        is_tracing: the figures are still those of the example, for a size that is being traced.
     """
     states = tree.read_states(graph, plan)
     found = None
@@ -74,7 +76,8 @@ def build_view(
         mechanism=choice.policies["mechanism"],
         norm_statistics=choice.policies["norm_statistics"],
         dropout=choice.policies["dropout"],
-        plan=plan_panel(graph, plan),
+        plan=plan_panel(graph, plan, is_tracing=is_tracing),
+        tracing=sizes_in_words(choice, graph) if is_tracing else "",
         assume=assume_fields(choice),
         states=json.dumps(tree.changed_states(before, states, places), separators=(",", ":")),
         address=choice.address(),
@@ -152,8 +155,21 @@ def assume_fields(choice: Choice) -> list[Field]:
     return fields
 
 
-def plan_panel(graph: ModelGraph, plan: Document) -> PlanPanel:
-    """The right side of the workbench from a plan document."""
+def sizes_in_words(choice: Choice, graph: ModelGraph) -> str:
+    """The sizes that are assumed, where they are not those of the model's own example."""
+    assumed = assumption(choice)[0]
+    words = {"sequence_length": "{:,} tokens", "image_size": "images of {0:,} × {0:,}"}
+    sizes = {name: assumed[name] for name in words if name in assumed}
+    return " and ".join(
+        words[name].format(size) for name, size in sizes.items() if size != getattr(graph, name)
+    )
+
+
+def plan_panel(graph: ModelGraph, plan: Document, *, is_tracing: bool = False) -> PlanPanel:
+    """The right side of the workbench from a plan document.
+
+    While a size is being traced the page says so in one line, not as a finding.
+    """
     cost, full = plan["cost"], plan["cost"].get("full") or {}
     sizes, weights = tree.outline(graph).sizes, tree.outline(graph).nbytes
     total = sum(sizes.values())
@@ -192,5 +208,5 @@ def plan_panel(graph: ModelGraph, plan: Document) -> PlanPanel:
         ),
         fits=cost.get("fits") or {},
         assumed={k: v for k, v in (cost.get("assumed") or {}).items() if k in ASSUMED and v},
-        warnings=plan["warnings"],
+        warnings=[w for w in plan["warnings"] if not (is_tracing and w["code"] == "not_assumed")],
     )
