@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from contextlib import suppress
 from datetime import UTC, datetime
 from functools import cache
 from pathlib import Path
@@ -12,7 +13,14 @@ from urllib.parse import quote
 
 from fastapi import Request
 from fastapi.responses import HTMLResponse, RedirectResponse
-from jinja2 import Environment, FileSystemLoader, StrictUndefined, pass_context
+from jinja2 import (
+    Environment,
+    FileSystemBytecodeCache,
+    FileSystemLoader,
+    StrictUndefined,
+    pass_context,
+)
+from jinja2.bccache import Bucket
 from jinja2.runtime import Context
 from markupsafe import Markup
 
@@ -57,11 +65,25 @@ VERDICTS: Mapping[str, tuple[str, str]] = {
 }
 
 
+class KeptTemplates(FileSystemBytecodeCache):
+    """Compiled templates beside their sources, as Python keeps its own: the first page after a
+    start comes a tenth of a second sooner. Of each version its own, as options may differ."""
+
+    def __init__(self) -> None:
+        super().__init__(str(TEMPLATES / "__pycache__"), f"{__version__}-%s.jinja")
+
+    def dump_bytecode(self, bucket: Bucket) -> None:
+        with suppress(OSError):  # no room, or not ours to write to: compiled again at every start
+            Path(self.directory).mkdir(exist_ok=True)
+            super().dump_bytecode(bucket)
+
+
 @cache
 def environment() -> Environment:
     """The one template environment: everything escaped, nothing undefined passes."""
     env = Environment(
         loader=FileSystemLoader(TEMPLATES),
+        bytecode_cache=KeptTemplates(),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
