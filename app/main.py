@@ -1,6 +1,5 @@
 """create_app(settings): the only file that knows every room."""
 
-import gc
 import threading
 import time
 from collections.abc import AsyncIterator
@@ -67,9 +66,6 @@ def create_app(settings: Settings) -> FastAPI:
             stop = threading.Event()
             thread = threading.Thread(target=runner.run, args=(stop, time.monotonic), name="runner")
             thread.start()
-            # What was imported stays, and need not be looked through whenever memory is tidied:
-            # each time that would stop every request for 80 ms.
-            gc.freeze()
             try:
                 yield
             finally:
