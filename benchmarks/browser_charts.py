@@ -1,6 +1,6 @@
-"""What a real browser takes to draw, read and move over a job: heatmap, charts, a page at rest.
+"""What a real browser takes to open, read and move over a job: page, heatmap, charts, rest.
 
-Run alone: python -m benchmarks.browser_charts [steps of the job with 2,000 layers].
+Run alone: python -m benchmarks.browser_charts [steps of the job with 2,000 layers] [rounds].
 """
 
 from __future__ import annotations
@@ -18,8 +18,10 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+from urllib.parse import urlsplit
 
+import psutil
 from playwright.sync_api import Page, sync_playwright
 from sqlmodel import Session
 
@@ -33,6 +35,31 @@ from app.store.db import Database
 from app.store.tables import Attempt, Job, Model, Task
 
 PORTION = 500
+ROUNDS = 7
+# Notes by the page's own clock in which frame the charts and the heatmap are there.
+NOTE = """
+window.seen = {};
+(function look() {
+    const reading = document.getElementById("heat-reading")?.textContent ?? "";
+    if (document.querySelector("figure.chart canvas")) seen.charts ??= performance.now();
+    if (/layers?, steps/.test(reading)) seen.heatmap ??= performance.now();
+    if (!seen.charts || !seen.heatmap) requestAnimationFrame(look);
+})();
+"""
+# What was noted, and what the browser notes of every page; the finest matrix is the last one.
+NOTED = """() => {
+    const [page] = performance.getEntriesByType("navigation");
+    const [paint] = performance.getEntriesByName("first-contentful-paint");
+    const all = performance.getEntriesByType("resource");
+    const matrices = all.filter((entry) => entry.name.includes("/layers?"));
+    return {
+        html: page.responseEnd,
+        paint: paint?.startTime ?? NaN,
+        ready: page.domContentLoadedEventEnd,
+        ...seen,
+        finest: Math.max(...matrices.map((entry) => entry.responseEnd)),
+    };
+}"""
 WATCH = """() => {
     window.long = [];
     window.watch = new PerformanceObserver((list) => {
@@ -148,10 +175,20 @@ def add_job(folder: Path, db: Database, layers: int, metrics: int, steps: int) -
     return int(job_id)
 
 
+class Served(NamedTuple):
+    link: str
+    process: psutil.Process
+
+    @property
+    def address(self) -> str:
+        return self.link.partition("/login")[0]
+
+
 @contextmanager
-def serve_folder(folder: Path) -> Iterator[str]:
-    """A server of that data folder; its login link."""
-    command = [sys.executable, "-m", "app", "serve", "--port", "0", "--no-open", "--stop-jobs"]
+def serve_folder(folder: Path, port: int = 0) -> Iterator[Served]:
+    """A server of that data folder, once it says that it serves."""
+    command = [sys.executable, "-m", "app", "serve", "--no-open", "--stop-jobs"]
+    command += ["--port", str(port)]
     environment = {**os.environ, "FROSTLINE_DATA_DIR": str(folder)}
     with subprocess.Popen(
         command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
@@ -159,29 +196,37 @@ def serve_folder(folder: Path) -> Iterator[str]:
         assert process.stdout is not None
         try:
             links = (re.search(r"http://\S+/login\?link=\S+", line) for line in process.stdout)
-            yield next(found.group() for found in links if found)
+            link = next(found.group() for found in links if found)
+            yield Served(link, psutil.Process(process.pid))
         finally:
             process.send_signal(signal.SIGTERM)
             process.communicate(timeout=60)
 
 
 @contextmanager
-def browse(link: str) -> Iterator[Page]:
-    """A page of a headless Chromium that has logged in."""
+def browse(address: str, state: Any = None) -> Iterator[Page]:
+    """A page of a headless Chromium that nobody used before, for the server at that address.
+
+    Args:
+        state: the cookies of somebody who has logged in.
+    """
     path = shutil.which("chromium") or shutil.which("chromium-browser")
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(
             executable_path=path, args=["--no-sandbox", "--disable-gpu"]
         )
         page = browser.new_page(
-            viewport={"width": 1280, "height": 900}, base_url=link.partition("/login")[0]
+            viewport={"width": 1280, "height": 900}, base_url=address, storage_state=state
         )
         page.set_default_timeout(60_000)
-        page.goto(link)
-        page.get_by_role("button", name="Log in").click()
-        page.wait_for_url(lambda url: "/login" not in url)
         yield page
         browser.close()
+
+
+def log_in(page: Page, link: str) -> None:
+    page.goto(link)
+    page.get_by_role("button", name="Log in").click()
+    page.wait_for_url(lambda url: "/login" not in url)
 
 
 def long_tasks(page: Page) -> str:
@@ -191,15 +236,23 @@ def long_tasks(page: Page) -> str:
     return f"{len(found)} tasks over 50 ms{f', the longest {found[0]} ms' if found else ''}"
 
 
-def open_job(page: Page, job_id: int, reading: str) -> float:
-    """Seconds until the heatmap of a job is drawn."""
+def open_job(page: Page, job_id: int) -> None:
+    """Open a job's page and wait until its heatmap is drawn."""
     page.goto(f"/jobs/{job_id}")
     page.wait_for_function(
-        "(words) => document.getElementById('heat-reading')?.textContent.includes(words)",
-        arg=reading,
-        polling="raf",
+        "() => document.getElementById('heat-reading')?.textContent.includes('layers, steps')"
     )
-    return float(page.evaluate("performance.now()")) / 1000
+
+
+def time_opening(page: Page, job_id: int, server: psutil.Process) -> dict[str, float]:
+    """Milliseconds until each part of a job's page is there, and what the server took of a core."""
+    before = sum(server.cpu_times()[:2])
+    # A finer matrix follows the first one; the next page must not meet it.
+    with page.expect_request_finished(lambda request: _is_fine(request.url)):
+        page.goto(f"/jobs/{job_id}")
+        page.wait_for_function("() => seen.charts && seen.heatmap")
+    noted: dict[str, float] = page.evaluate(NOTED)
+    return {**noted, "server's CPU": 1000 * (sum(server.cpu_times()[:2]) - before)}
 
 
 def _is_fine(url: str) -> bool:
@@ -207,11 +260,46 @@ def _is_fine(url: str) -> bool:
     return points is not None and int(points[1]) > 50
 
 
+def measure_openings(folder: Path, job_id: int, what: str, rounds: int) -> None:
+    """A job's page on a server that has shown it before, and on one that has just been started."""
+    with serve_folder(folder) as served, browse(served.address) as page:
+        log_in(page, served.link)
+        state, port = page.context.storage_state(), urlsplit(served.address).port
+        page.add_init_script(NOTE)
+        time_opening(page, job_id, served.process)
+        warm = [time_opening(page, job_id, served.process) for _ in range(rounds)]
+    print_openings(f"{what} opened again", warm)
+    for forget, words in ((False, "after a start"), (True, "after a start, read from the disk")):
+        first = []
+        for _ in range(rounds):
+            if forget:
+                forget_file(folder / "frostline.db")
+            # The browser waits for the server, not the other way round.
+            with browse(served.address, state) as page, serve_folder(folder, port or 0) as served:
+                page.add_init_script(NOTE)
+                first.append(time_opening(page, job_id, served.process))
+        print_openings(f"{what} {words}", first)
+
+
+def print_openings(what: str, rounds: list[dict[str, float]]) -> None:
+    print(f"{what}, ms, median (and most) of {len(rounds)}")
+    for name in rounds[0]:
+        taken = [noted[name] for noted in rounds]
+        print(f"    {name:14}{statistics.median(taken):6.0f} ({max(taken):.0f})")
+
+
+def forget_file(path: Path) -> None:
+    """Have the next one who reads a file read it from the disk, not from the system's memory."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
 def measure_heatmap(page: Page, job_id: int) -> None:
     taken = page.evaluate(DRAW)
     median = statistics.median(taken)
     print(f"heatmap of 500 × 2,000 drawn: {median:.0f} ms median, {max(taken):.0f} ms at most")
-    open_job(page, job_id, "500 layers")
+    open_job(page, job_id)
     box = page.locator(".heat canvas").first
     box.scroll_into_view_if_needed()
     bounds = box.bounding_box()
@@ -280,7 +368,7 @@ def measure_rest(page: Page) -> None:
     until(address, "running", step=20)
     page.evaluate(send, [f"{address}/pause", {"mode": "hold"}])
     until(address, "paused")
-    open_job(page, job["id"], "19 layers")
+    open_job(page, job["id"])
     time.sleep(5)  # what opening the page took is not what it takes at rest
     assert page.context.browser is not None
     session = page.context.browser.new_browser_cdp_session()
@@ -295,7 +383,7 @@ def measure_rest(page: Page) -> None:
     page.evaluate(send, [f"{address}/stop", {}])
 
 
-def main(large_steps: int = 1_000) -> None:
+def main(large_steps: int = 10_000, rounds: int = ROUNDS) -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         db = Database(folder / "frostline.db")
@@ -303,20 +391,13 @@ def main(large_steps: int = 1_000) -> None:
         lines = add_job(folder, db, layers=4, metrics=20, steps=50_000)
         large = add_job(folder, db, layers=2_000, metrics=1, steps=large_steps)
         db.close()
-        with serve_folder(folder) as link, browse(link) as page:
-            opened = []
-            for _ in range(5):
-                # A finer matrix follows the first one; the next page must not meet it.
-                with page.expect_request_finished(lambda r: _is_fine(r.url)):
-                    opened.append(open_job(page, large, "2,000 layers"))
-            print(
-                f"page of 2,000 layers × {large_steps:,} steps, until its heatmap is drawn: "
-                f"{statistics.median(opened):.2f} s median, {max(opened):.2f} s at most"
-            )
+        measure_openings(folder, large, f"2,000 layers × {large_steps:,} steps", rounds)
+        with serve_folder(folder) as served, browse(served.address) as page:
+            log_in(page, served.link)
             measure_heatmap(page, heat)
             measure_charts(page, lines)
             measure_rest(page)
 
 
 if __name__ == "__main__":
-    main(*(int(steps) for steps in sys.argv[1:2]))
+    main(*(int(given) for given in sys.argv[1:3]))

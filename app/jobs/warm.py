@@ -22,6 +22,7 @@ import signal
 import socket
 import sys
 import tempfile
+import threading
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -45,6 +46,7 @@ PRELOADED = (
 )
 MAX_SOCKET_PATH_BYTES = 100
 FIRST_CALL_SECONDS = 5
+PRELOAD_NICE = 10
 PR_SET_CHILD_SUBREAPER = 36  # from linux/prctl.h
 
 
@@ -78,15 +80,27 @@ class KeeperProcess:
         self._selector.register(self._bell, selectors.EVENT_READ, self._hear_bell)
 
     def preload(self) -> None:
-        """Import what workers need; what fails here fails again, and is told, in the worker."""
+        """Import what workers need, behind whatever else the machine has to do.
+
+        The seconds that it takes are those in which somebody opens the first page. A thread has a
+        priority of its own, which it could not raise again; it ends before anything is forked.
+        """
+        thread = threading.Thread(target=self._import_preloaded, name="preload")
+        thread.start()
+        thread.join()
+        gc.collect()
+        gc.freeze()  # the collector of a child leaves these pages shared
+
+    def _import_preloaded(self) -> None:
+        """What fails here fails again, and is told, in the worker."""
+        if sys.platform == "linux":  # elsewhere it would be the priority of the whole process
+            os.setpriority(os.PRIO_PROCESS, 0, PRELOAD_NICE)
         try:
             for name in PRELOADED:
                 importlib.import_module(name)
             self._preloaded = True
         except Exception:  # a broken torch raises anything
             traceback.print_exc()
-        gc.collect()
-        gc.freeze()  # the collector of a child leaves these pages shared
 
     def serve(self) -> None:
         """Answer and wait, until there is neither a server nor a child."""

@@ -63,7 +63,10 @@ def pack_rows(rows: Sequence[Sequence[Any]]) -> bytes:
     """A matrix of marked values as little-endian float32: None as NaN, the mark NaN as -1."""
     packed = array("f")
     for row in rows:
-        packed.extend(_PACKED.get(value, value) for value in row)
+        try:
+            packed += array("f", row)
+        except TypeError:  # some are marked
+            packed.extend(_PACKED.get(value, value) for value in row)
     if sys.byteorder == "big":
         packed.byteswap()
     return packed.tobytes()

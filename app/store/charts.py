@@ -6,14 +6,16 @@ lacks.
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 from typing import Any
 
 from sqlalchemy import Connection
 from sqlmodel import Session
 
-from app.store.rollups import FIRST_WIDTH, RATIO, cover, widest
+from app.store.rollups import FIRST_WIDTH, RATIO, Piece, cover, widest
 
 # A measure in the rows, and its lowest and highest in the roll-ups.
 STATS: Mapping[str, Mapping[str, str]] = {
@@ -90,7 +92,7 @@ def read_matrix(
     """One measure of some layers over the steps, in at most `points` buckets.
 
     Args:
-        positions: of the layers, in the order in which their rows are wanted.
+        positions: of the layers, ascending.
         reduce: what stands for a bucket: its ``max``, ``min`` or ``last``.
 
     Returns:
@@ -105,40 +107,77 @@ def read_matrix(
     span = _find_span(connection, one, points, first, last)
     if span is None:
         return [], [[] for _ in positions]
+    pieces, buckets, sizes = _find_buckets(connection, job_id, positions[0], span, points)
+    if reduce == "last" and span.count > points:
+        pieces, sizes = [Piece(0, step, step + 1) for step in buckets], [1] * len(buckets)
+    of_rows, of_blocks = STATS[stat]["last"], STATS[stat][reduce]
+    parts = [_read(connection, job_id, positions, one, of_rows, of_blocks) for one in pieces]
+    counts = [len(found) // len(positions) for found in parts]
+    if sum(counts) != sum(sizes):
+        raise ValueError(f"A record of job {job_id} lacks some of its layers.")
+    bounds = list(pairwise(accumulate(sizes, initial=0)))
+    rows = []
+    for i in range(len(positions)):
+        own = zip(parts, counts, strict=True)
+        row = [value for found, n in own for (value,) in found[i * n : (i + 1) * n]]
+        rows.append(mark(_reduce(row, bounds, reduce)))
+    return buckets, rows
+
+
+def _find_buckets(
+    connection: Connection, job_id: int, position: int, span: "_Span", points: int
+) -> tuple[list[Piece], list[int], list[int]]:
+    """What to read, the last step of each bucket, and of how many rows and blocks it is made."""
     is_full = span.count <= points
-    base = _narrowest(connection, job_id)
-    buckets = {
-        bucket: (index, step)
-        for index, (bucket, step) in enumerate(
-            connection.exec_driver_sql(
-                f"SELECT step, step FROM {one} AND {span.where} ORDER BY step"
-                if is_full
-                else _grouped(span, points, base, one, ("step", "last_step"), "max", "bucket")
-            )
-        )
-    }
-    steps = [step for _, step in buckets.values()]
-    listed = ", ".join(str(int(position)) for position in positions)
-    some = f"layer_stat WHERE job_id = {job_id:d} AND position IN ({listed})"
-    value = STATS[stat]["last"]
-    given: tuple[str, ...] = ()
-    if is_full:
-        query = f"SELECT position, step, {value} FROM {some} AND {span.where}"
-    elif reduce == "last":
-        query = (
-            f"SELECT position, step, {value} FROM {some}"
-            " AND step IN (SELECT value FROM json_each(?))"
-        )
-        given, buckets = (json.dumps(steps),), {step: (i, step) for i, step in enumerate(steps)}
-    else:
-        columns = value, STATS[stat][reduce]
-        query = _grouped(span, points, base, some, columns, reduce, "position, bucket")
-    rows = {position: [None] * len(steps) for position in positions}
-    places = {bucket: index for bucket, (index, _) in buckets.items()}
+    pieces = [Piece(0, span.first, span.last + 1)]
+    if not is_full:
+        pieces = list(span.cover(points, _narrowest(connection, job_id)))
+    ends: dict[int, int] = {}
+    sizes: Counter[int] = Counter()
+    for piece in pieces:
+        of_blocks = f"block * {piece.width:d}, last_step"
+        for begin, end in _read(connection, job_id, [position], piece, "step, step", of_blocks):
+            bucket = begin if is_full else span.bucket(begin, points)
+            ends[bucket] = end
+            sizes[bucket] += 1
+    return pieces, list(ends.values()), list(sizes.values())
+
+
+def _read(
+    connection: Connection,
+    job_id: int,
+    positions: Sequence[int],
+    piece: Piece,
+    of_rows: str,
+    of_blocks: str,
+) -> list[Any]:
+    """Columns of the rows or of the blocks of a piece, layer by layer in the order of steps.
+
+    The order says which is whose: fetched beside each value, layer and step took twice the time.
+    """
+    table, key, columns = "layer_stat", "step", of_rows
+    width = ""
+    if piece.width:
+        table, key, columns = "layer_rollup", "block", of_blocks
+        width = f" AND width = {piece.width:d}"
+    query = f"""SELECT {columns} FROM {table}
+        WHERE job_id = {job_id:d}{width} AND position IN (SELECT value FROM json_each(?))
+        AND {key} >= {piece.first:d} AND {key} < {piece.end:d} ORDER BY position, {key}"""
     # By the driver's own cursor: of a hundred thousand rows SQLAlchemy would look at each.
-    for position, bucket, found in connection.exec_driver_sql(query, given).cursor.fetchall():
-        rows[position][places[bucket]] = found
-    return steps, [mark(rows[position]) for position in positions]
+    cursor = connection.exec_driver_sql(query, (json.dumps([*positions]),)).cursor
+    return list(cursor.fetchall())
+
+
+def _reduce(row: list[Any], bounds: Sequence[tuple[int, int]], reduce: str) -> list[Any]:
+    """What stands for each bucket of one layer's row."""
+    if len(bounds) == len(row):
+        return row
+    pick = min if reduce == "min" else max
+    try:
+        return [pick(row[begin:end]) for begin, end in bounds]
+    except TypeError:  # None, which counts for nothing, or NaN, which is greater than every number
+        marked = [[(type(v) is str, v) for v in row[b:e] if v is not None] for b, e in bounds]
+        return [pick(bucket)[1] if bucket else None for bucket in marked]
 
 
 def _narrowest(connection: Connection, job_id: int) -> int:
@@ -147,38 +186,19 @@ def _narrowest(connection: Connection, job_id: int) -> int:
     return connection.exec_driver_sql(query).scalar_one() or 2**62
 
 
-def _grouped(
-    span: "_Span",
-    points: int,
-    base: int,
-    owned: str,
-    columns: tuple[str, str],
-    reduce: str,
-    keys: str,
-) -> str:
-    """SQL: `keys`, and a column (of the rows, of the roll-ups) reduced, in their order."""
-    rolled_up = owned.replace("layer_stat", "layer_rollup", 1)
-    pieces = span.pieces(
-        points,
-        base,
-        rows=f"position, {columns[0]} AS value FROM {owned}",
-        blocks=f"position, {columns[1]} AS value FROM {rolled_up}",
-    )
-    return f"SELECT {keys}, {reduce}(value) FROM ({pieces}) GROUP BY {keys} ORDER BY {keys}"
-
-
 @dataclass(frozen=True)
 class _Span:
     """Recorded steps in the range asked for.
 
     Attributes:
         first, last: the first and the last of them.
-        newest: the last that is recorded at all.
+        oldest, newest: the first and the last that are recorded at all.
         count: how many there are, up to one more than can be shown singly.
     """
 
     first: int
     last: int
+    oldest: int
     newest: int
     count: int
 
@@ -186,24 +206,33 @@ class _Span:
     def where(self) -> str:
         return f"step >= {self.first:d} AND step <= {self.last:d}"
 
+    @property
+    def size(self) -> int:
+        return self.last - self.first + 1
+
+    def bucket(self, step: int, points: int) -> int:
+        """Buckets are `points` ranges of equal length; a block lies in that which it begins in."""
+        return max(0, step - self.first) * points // self.size
+
+    def cover(self, points: int, base: int) -> Iterator[Piece]:
+        """The pieces to read: roll-ups where they are no wider than a bucket."""
+        # Nothing is before the oldest step, so a block that begins there has no more than is asked.
+        first = 0 if self.first == self.oldest else self.first
+        return cover(first, self.last + 1, widest(self.size / points, base), base, self.newest)
+
     def pieces(self, points: int, base: int, *, rows: str, blocks: str) -> str:
         """SQL that reads the span from roll-ups where it can, each row with its `bucket`.
-
-        Buckets are `points` ranges of equal length; a block lies in the bucket that it begins in.
 
         Args:
             rows, blocks: the rest of a SELECT from the rows and from the roll-ups, with a WHERE.
         """
-        size = self.last - self.first + 1
-        bucket = f"SELECT ({{}} - {self.first:d}) * {points:d} / {size:d} AS bucket,"
+        bucket = f"SELECT max(0, {{}} - {self.first:d}) * {points:d} / {self.size:d} AS bucket,"
         selects = [
             f"{bucket.format('step')} {rows} AND step >= {piece.first:d} AND step < {piece.end:d}"
             if not piece.width
             else f"{bucket.format(f'block * {piece.width:d}')} {blocks} AND width = {piece.width:d}"
             f" AND block >= {piece.first:d} AND block < {piece.end:d}"
-            for piece in cover(
-                self.first, self.last + 1, widest(size / points, base), base, self.newest
-            )
+            for piece in self.cover(points, base)
         ]
         return " UNION ALL ".join(selects)
 
@@ -217,6 +246,7 @@ def _find_span(
     found = connection.exec_driver_sql(
         f"""SELECT (SELECT min(step) FROM {owned} AND step >= :low),
             (SELECT max(step) FROM {owned} AND step <= :high),
+            (SELECT min(step) FROM {owned}),
             (SELECT max(step) FROM {owned}),
             (SELECT count(*) FROM (SELECT 1 FROM {owned} AND step >= :low AND step <= :high
                                    LIMIT :limit))""",

@@ -9,7 +9,7 @@ from typing import Any
 LIVE_STATES = ("queued", "starting", "running", "paused", "stopping")
 ENDED_STATES = ("stopped", "failed", "interrupted", "succeeded")
 # Layers times buckets of a heatmap's first answer, and how many buckets a usual window shows.
-FIRST_CELLS, WIDE = 32_000, 900
+FIRST_CELLS, WIDE = 16_000, 900
 
 Document = Mapping[str, Any]
 
@@ -260,7 +260,7 @@ class JobPageView:
     def first_points(self) -> int:
         """Buckets of a heatmap's first answer, drawn while the whole comes; 0 where one will do."""
         few = FIRST_CELLS // max(1, self.layer_count)
-        return max(16, few) if few < WIDE // 2 else 0
+        return max(8, few) if few < WIDE // 2 else 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -243,6 +243,17 @@ def test_the_heatmap_is_read_zoomed_and_drawn_from_by_keys(page: Page, ended: in
     look_over(page, "job-with-phases")
 
 
+def test_what_a_page_asks_for_ahead_is_asked_for_once(page: Page, ended: int) -> None:
+    asked: list[str] = []
+    page.on(
+        "request", lambda request: asked.append(request.url.partition(f"/api/jobs/{ended}/")[2])
+    )
+    open_job(page, ended)
+    expect(page.locator("#heat-reading")).to_contain_text("19 layers")
+    assert asked.count("freeze?") == 1
+    assert sum(address.startswith("layers?") for address in asked) == 1
+
+
 def test_pointing_reads_a_cell_and_dragging_zooms(page: Page, ended: int) -> None:
     open_job(page, ended)
     canvas = page.locator(".heat canvas").first

@@ -1,8 +1,10 @@
 """The workbench's address, its tree rows and its words for numbers, without a server."""
 
+from pathlib import Path
 from urllib.parse import parse_qsl
 
 import pytest
+from jinja2 import DictLoader, Environment
 
 from app.freezing.config import config_document
 from app.freezing.errors import InvalidDocument
@@ -200,3 +202,18 @@ def test_a_job_that_waits_says_for_what_and_where_it_stands() -> None:
     waits = {"id": 1, "state": "queued", "waiting_for": "It waits for cpu.", "position": 3}
     assert JobView(waits).state_words == "It waits for cpu. It is number 3 in the queue."
     assert JobView({**waits, "position": 1}).state_words.endswith("It is the next to start.")
+
+
+def test_a_template_is_compiled_once_and_where_nothing_may_be_kept_at_every_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def start(folder: Path) -> Environment:
+        loader = DictLoader({"page.html": "{{ 1 + x }}"})
+        return Environment(loader=loader, bytecode_cache=render.KeptTemplates(folder))
+
+    nowhere, kept = tmp_path / "missing" / "kept", tmp_path / "kept"
+    for folder in (nowhere, nowhere, kept):
+        assert start(folder).get_template("page.html").render(x=1) == "2"
+    second = start(kept)
+    monkeypatch.setattr(second, "compile", None)
+    assert second.get_template("page.html").render(x=2) == "3"

@@ -322,6 +322,14 @@ def test_a_spike_of_one_step_shows_at_every_zoom(db: Database) -> None:
         assert "NaN" in read_matrix(db, "update_ratio", points=points)[1][0]
 
 
+def test_a_matrix_with_a_hole_is_refused_rather_than_shown_askew(db: Database) -> None:
+    ingest(db, [start(), *(layers(step + 2, step, *[[1.0] * 3] * 3) for step in range(1, 4))])
+    hole = "DELETE FROM layer_stat WHERE position = 1 AND step = 2"
+    db.write(lambda session: session.connection().exec_driver_sql(hole))
+    with pytest.raises(ValueError, match="job 1 lacks some of its layers"):
+        read_matrix(db)
+
+
 def test_a_part_is_read_by_its_first_and_last_step(db: Database) -> None:
     ingest(db, [start(), *(metrics(step + 1, step, loss=1.0) for step in range(1, 10))])
     assert read_series(db, first=3, last=5)["loss"]["steps"] == [3, 4, 5]
