@@ -68,7 +68,7 @@ def see_known(mode: FakeTensorMode, tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _is_number(tensor: torch.Tensor) -> bool:
-    return tensor.dim() == 0 and tensor.dtype == torch.int64 and tensor.device.type == "cpu"
+    return tensor.numel() == 1 and tensor.dtype == torch.int64 and tensor.device.type == "cpu"
 
 
 def enter_known(mode: FakeTensorMode, tensor: torch.Tensor) -> torch.Tensor:

@@ -73,6 +73,7 @@ def probe_python(grad_fn: Any, used: set[int], recorder: Recorder) -> Probe | No
     Returns:
         None where it cannot be run so: it looks at values, or wants its gradients otherwise.
     """
+    unpacking = _count_unpacking(grad_fn, recorder)
     before = recorder.forward_flops
     try:
         with torch.no_grad(), _catch_backward(recorder) as roots:
@@ -80,7 +81,7 @@ def probe_python(grad_fn: Any, used: set[int], recorder: Recorder) -> Probe | No
     except Exception:  # whatever a user's backward raises
         return None
     finally:
-        flops, recorder.forward_flops = recorder.forward_flops - before, before
+        flops, recorder.forward_flops = recorder.forward_flops - before - unpacking, before
     edges = _wanted_edges(grad_fn)
     if len(given) != len(grad_fn.needs_input_grad):
         return None
@@ -102,6 +103,15 @@ def _run(grad_fn: Any, used: set[int]) -> Sequence[Any]:
         zeros = [zero if nr in used else None for nr, zero in enumerate(zeros)]
     result = grad_fn.apply(*zeros)
     return result if isinstance(result, tuple) else (result,)
+
+
+def _count_unpacking(grad_fn: Any, recorder: Recorder) -> int:
+    """FLOPs of getting at what a node keeps: in a checkpoint, that runs a forward again."""
+    if grad_fn._sequence_nr() in recorder.saving:
+        return 0
+    with recorder.paused(), Counter() as counter:
+        _ = grad_fn.saved_tensors
+    return counter.flops
 
 
 def _takes_none(function: type) -> bool:
@@ -167,6 +177,10 @@ def _catch_backward(recorder: Recorder) -> Iterator[list[torch.Tensor]]:
         torch.autograd.backward = original
 
 
+# Nodes that ask what they kept whether it needs a gradient, not what is wanted of them: the edge.
+_ONLY_FOR = {"LinalgSolveExBackward0": 0}
+
+
 def probe_builtin(grad_fn: Any, used: set[int], recorder: Recorder) -> Probe:
     """Run one of torch's own nodes alone, on zeros, once for each of its edges."""
     start = [GradientEdge(grad_fn, nr) for nr in sorted(used)]
@@ -174,11 +188,24 @@ def probe_builtin(grad_fn: Any, used: set[int], recorder: Recorder) -> Probe:
 
     def count(edges: Sequence[int]) -> int:
         ends = [GradientEdge(*grad_fn.next_functions[e]) for e in edges]
+        seen: list[int] = []  # before and after: other ways may lead to the same ends
         with recorder.paused(), Counter() as counter:
+            hooks = (
+                grad_fn.register_prehook(lambda *_: seen.append(counter.flops)),
+                grad_fn.register_hook(lambda *_: seen.append(counter.flops)),
+            )
             torch.autograd.grad(start, ends, zeros, retain_graph=True, allow_unused=True)
-        return counter.flops
+        for hook in hooks:
+            hook.remove()
+        return seen[1] - seen[0]
 
     edges = _wanted_edges(grad_fn)
+    if grad_fn.name() in _ONLY_FOR:
+        wanted_for = _ONLY_FOR[grad_fn.name()]
+        flops = count(edges) if wanted_for in edges else 0
+        return Probe(
+            0, tuple(flops * (e == wanted_for) for e in range(len(grad_fn.next_functions)))
+        )
     alone = {edge: count([edge]) for edge in edges}
     if len(edges) < 2:
         return Probe(sum(alone.values()))

@@ -8,7 +8,6 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
 from torch.autograd.graph import get_gradient_edge
 from torch.utils._pytree import tree_leaves
 
@@ -31,6 +30,7 @@ _SAVED_FOR: dict[str, dict[str, tuple[int, ...]]] = {
     "MmBackward0": {"self": (1,), "mat2": (0,)},
     "BmmBackward0": {"self": (1,), "mat2": (0,)},
     "BaddbmmBackward0": {"batch1": (2,), "batch2": (1,)},
+    "GroupedMmBackward0": {"self": (1,), "mat2": (0,)},
     "MulBackward0": {"self": (1,), "other": (0,)},
     "DivBackward0": {"self": (1,)},
 }
@@ -49,7 +49,7 @@ class Read(NamedTuple):
 
 
 def read_nodes(
-    model: nn.Module,
+    names: Mapping[int, str],
     value: torch.Tensor,
     spans: Spans,
     recorder: Recorder,
@@ -59,22 +59,24 @@ def read_nodes(
     """Every node below `value`, and what lies hidden below nodes of Python's.
 
     Args:
+        names: id of each parameter that the model had before the forward → its first name.
         resting: storages of parameters and buffers, as operations see them.
     """
-    return _Reader(model, spans, recorder, resting).read(value.grad_fn, attentions)
+    return _Reader(names, spans, recorder, resting).read(value.grad_fn, attentions)
 
 
 class _Reader:
     """Reads one graph; called while the forward is still recorded, since it recomputes regions."""
 
     def __init__(
-        self, model: nn.Module, spans: Spans, recorder: Recorder, resting: set[int]
+        self, names: Mapping[int, str], spans: Spans, recorder: Recorder, resting: set[int]
     ) -> None:
-        self.names = {id(p): name for name, p in reversed(list(model.named_parameters()))}
+        self.names = names
         self.spans, self.recorder, self.resting = spans, recorder, resting
         self.nodes: list[Node] = []
         self.index: dict[Any, int] = {}
         self.by_number: dict[int, int] = {}
+        self.by_index: dict[int, Any] = {}
         self.parameters: dict[str, int] = {}
         self.storages: dict[int, int] = {}
         self.probes: dict[Any, Probe | None] = {}
@@ -137,6 +139,7 @@ class _Reader:
             self.index[grad_fn] = index
             if node.parameter is None:
                 self.by_number[grad_fn._sequence_nr()] = index
+                self.by_index[index] = grad_fn
         if node.parameter:
             self.parameters[node.parameter] = index
         return index
@@ -260,34 +263,32 @@ class _Reader:
         after = -1  # the node that is live where anything later is saved
         within: tuple[int, ...] = ()  # what a region in this one saves: it keeps what goes in
         for step in reversed(steps):
-            index = self.by_number.get(step.number, -1) if step.made_node else -1
-            saves: tuple[int, ...] = ()
-            names: set[str] = set()
-            if index >= 0:
-                saves, names = self._saves(index)
+            saves, saves_results = self._saves(step)
             if not step.saves_here:
                 within, saves = (*within, *saves), ()
             elif within:
                 after, within = self._join(after, within), ()
-            if names.intersection(_RESULTS):
+            if saves and saves_results:
                 after = self._join(after, saves)
             if step.flops and after >= 0:
                 self._append(None, _cost(_AGAIN, (after,), step.flops))
-            if saves and not names.intersection(_RESULTS):
+            if saves and not saves_results:
                 after = self._join(after, saves)
 
-    def _saves(self, index: int) -> tuple[tuple[int, ...], set[str]]:
-        """On which nodes it hangs whether this one saves, and by which names it does."""
-        grad_fn = next(fn for fn, i in self.index.items() if i == index)
+    def _saves(self, step: Step) -> tuple[tuple[int, ...], bool]:
+        """On which nodes it hangs whether a step saves; whether it does so after it has run."""
+        index = self.by_number.get(step.number, -1)
+        grad_fn = self.by_index.get(index)
+        if grad_fn is None or not (step.made_node or is_python(grad_fn)):
+            return (), False
         names = {n.removeprefix("_raw_saved_") for n in dir(grad_fn) if n.startswith("_raw_saved_")}
+        late = is_python(grad_fn) or not names.isdisjoint(_RESULTS)
         wanted_for = _SAVED_FOR.get(grad_fn.name(), {})
-        if not names:
-            return (), names
-        if not names <= wanted_for.keys():
-            return (index,), names
+        if not names or not names <= wanted_for.keys():
+            return (index,) if names else (), late
         edges = {e for name in names for e in wanted_for[name]}
         inputs = self.nodes[index].inputs
-        return tuple(inputs[e] for e in sorted(edges) if inputs[e] >= 0), names
+        return tuple(inputs[e] for e in sorted(edges) if inputs[e] >= 0), late
 
     def _join(self, after: int, saves: tuple[int, ...]) -> int:
         return self._append(None, _cost(_AGAIN, (*([after] if after >= 0 else []), *saves), 0))

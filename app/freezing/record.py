@@ -244,6 +244,7 @@ class Attentions(TorchFunctionMode):
         super().__init__()
         self.recorder = recorder
         self.found: list[Attention] = []
+        self.fused: dict[str, bool] = {}  # by what decides it: blocks are often alike
 
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
@@ -260,9 +261,15 @@ class Attentions(TorchFunctionMode):
         end, flops = sequence_number(), self.recorder.forward_flops - before
         if attn_mask is None or not attn_mask.requires_grad or not torch.is_grad_enabled():
             return result
-        with self.recorder.paused(), _Watch() as frozen:
-            F.scaled_dot_product_attention(query, key, value, attn_mask.detach(), *args, **kwargs)
-        if frozen.is_fused:
+        shapes = [(t.shape, t.stride(), t.dtype) for t in (query, key, value, attn_mask)]
+        asked = str((shapes, args, kwargs))
+        if asked not in self.fused:
+            with self.recorder.paused(), _Watch() as frozen:
+                F.scaled_dot_product_attention(
+                    query, key, value, attn_mask.detach(), *args, **kwargs
+                )
+            self.fused[asked] = frozen.is_fused
+        if self.fused[asked]:
             self.found.append(
                 Attention(
                     start,

@@ -202,6 +202,7 @@ def _trace_nodes(
         if isinstance(mode, FakeTensorMode):
             example = tree_map_only(torch.Tensor, partial(enter_known, mode), example)
             resting += [see_known(mode, tensor) for tensor in resting]  # as operations see them
+        names = {id(p): name for name, p in reversed(list(model.named_parameters()))}
         spans, recorder = Spans(model), Recorder(model)
         attentions = Attentions(recorder)
         with spans, recorder:
@@ -212,7 +213,7 @@ def _trace_nodes(
                 raise ValueError("the loss does not depend on any parameter")
             flops = recorder.forward_flops
             places = {storage_key(t) for t in resting if t.layout is torch.strided}
-            read = read_nodes(model, value, spans, recorder, attentions.found, places)
+            read = read_nodes(names, value, spans, recorder, attentions.found, places)
         return read, flops
 
 

@@ -110,13 +110,22 @@ def observe(
         calls.finish(value)
         if value.requires_grad:
             with backward:
-                value.backward()
+                run_backward(value)
     return Seen(
         frozenset(name for name, parameter in parameters.items() if parameter.grad is not None),
         frozenset(calls.visited),
         forward.flops,
         backward.flops,
         sum(tensor.untyped_storage().nbytes() for tensor in kept.tensors.values()),
+    )
+
+
+def run_backward(value: torch.Tensor) -> None:
+    """As `value.backward()`, inside which the mode would not be asked of what is recomputed."""
+    engine = torch.autograd.Variable._execution_engine
+    one = (torch.ones_like(value),)
+    engine.run_backward(
+        (value,), one, False, False, (), allow_unreachable=True, accumulate_grad=True
     )
 
 
