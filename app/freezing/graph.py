@@ -90,8 +90,8 @@ class Node:
             the edges is live, where any is for an empty tuple.
         gradient_bytes: size of the gradients that come into it, which are those of its results.
         needs: index of a node without which this one is never live, -1 for none.
-        reads: first names of the parameters of which the operation read a value that needs no
-            gradient, like a detached weight.
+        reads: first names of the parameters of which the operation read a value that no edge tells
+            of, like a detached weight.
         gets_gradient: whether any comes to it; not below an edge by which a Python function's
             backward gives none.
     """

@@ -74,6 +74,7 @@ class _Reader:
         self.names = names
         self.spans, self.recorder, self.resting = spans, recorder, resting
         self.nodes: list[Node] = []
+        self.origins: list[frozenset[str]] = []  # of each node, the parameters it comes of alone
         self.index: dict[Any, int] = {}
         self.by_number: dict[int, int] = {}
         self.by_index: dict[int, Any] = {}
@@ -135,6 +136,9 @@ class _Reader:
     def _append(self, grad_fn: Any, node: Node) -> int:
         index = len(self.nodes)
         self.nodes.append(node)
+        read = frozenset(node.reads).union(*(self.origins[i] for i in node.inputs if i >= 0))
+        own = frozenset([node.parameter]) if node.parameter else frozenset()
+        self.origins.append(read if node.from_parameters else own)
         if grad_fn is not None:
             self.index[grad_fn] = index
             if node.parameter is None:
@@ -161,6 +165,7 @@ class _Reader:
 
     def _read_node(self, grad_fn: Any, home: str | None) -> Node:
         inputs = tuple(self.index.get(next_fn, -1) for next_fn, _ in _edges(grad_fn))
+        below = frozenset().union(*(self.origins[i] for i in inputs if i >= 0))
         variable = getattr(grad_fn, "variable", None)
         if variable is not None:
             return Node(grad_fn.name(), None, inputs, self.names.get(id(variable), ""))
@@ -188,7 +193,7 @@ class _Reader:
             from_parameters=from_parameters,
             saved=self._read_saved(grad_fn, kind, number) if number in recorder.saving else (),
             gradient_bytes=sum(map(_result_bytes, grad_fn._input_metadata)),
-            reads=tuple(sorted(reads)),
+            reads=tuple(sorted(reads - below)),
         )
 
     def _read_saved(
@@ -216,7 +221,8 @@ class _Reader:
         gate = self.index[outer]
         assert probe is not None
         roots = [root.grad_fn for root in probe.roots if root.grad_fn is not None]
-        entries = _entries(outer)
+        with self.recorder.paused():
+            entries = _entries(outer)
         known: dict[Any, int] = {}
         for grad_fn in nodes_in_order(*roots, edges=_edges):
             variable = getattr(grad_fn, "variable", None)
@@ -325,7 +331,9 @@ def _entries(outer: Any) -> dict[int, list[Any]]:
     entries: dict[int, list[Any]] = {}
     for _, tensor in _saved_tensors(outer):
         if tensor.requires_grad:
-            entries.setdefault(storage_key(tensor), []).append(get_gradient_edge(tensor).node)
+            # What is detached of a real parameter under fake tensors lies elsewhere.
+            for place in {storage_key(tensor), storage_key(tensor.detach())}:
+                entries.setdefault(place, []).append(get_gradient_edge(tensor).node)
     return entries
 
 

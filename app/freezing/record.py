@@ -87,10 +87,9 @@ class Recorder(TorchDispatchMode):
         inner_flops: FLOPs of operations that made no node, after which node they came.
         from_parameters: sequence number → whether its operation read nothing but parameters,
             buffers and what comes of them.
-        reads: sequence number → the parameters of which its operation read something that needs
-            no gradient.
+        reads: sequence number → the parameters of which its operation read something.
         inner_from_parameters, inner_reads: the same of all that ran since the node was made, for a
-            Python function's.
+            Python function's; read without need of a gradient, since the others are its inputs.
         saving: nodes that save where no hook takes what they save, as a checkpoint's does.
         regions: what each non-reentrant checkpoint ran, in order.
         workspaces: bytes that a node saves and fake tensors do not show.
@@ -104,10 +103,14 @@ class Recorder(TorchDispatchMode):
         self.forward_flops = 0
         self.saving: set[int] = set()
         self.workspaces: dict[int, int] = {}
-        self.constants = {id(b): b for b in model.buffers()}
-        # Tensors that come of parameters alone, held, so that their ids stay their own.
+        # Tensors that come of parameters and buffers alone, held, so that their ids stay their own.
         self.origins: dict[int, tuple[Any, frozenset[str]]] = {}
-        self.places: dict[int, frozenset[str]] = {}  # the same by storage: `.data` is no operation
+        # The same by storage: `.data` is no operation. Of a buffer and its views nothing comes.
+        self.places: dict[int, frozenset[str]] = {
+            storage_key(buffer): frozenset()
+            for buffer in model.buffers()
+            if buffer.layout is torch.strided
+        }
         for name, parameter in model.named_parameters():
             self.origins[id(parameter)] = parameter, frozenset([name])
             if parameter.layout is torch.strided:
@@ -198,23 +201,20 @@ class Recorder(TorchDispatchMode):
         self.inner_from_parameters[number] = inner and derived
         if made_node:
             self.from_parameters[number] = derived
+        if made_node and any(known):
+            self.reads[number] = frozenset().union(*known)
         held = [n for t, n in zip(read, origins, strict=True) if n and not t.requires_grad]
         if held:
-            names = frozenset().union(*held)
-            self.inner_reads[number] = self.inner_reads.get(number, frozenset()) | names
-            if made_node:
-                self.reads[number] = names
-        if derived:
+            self.inner_reads[number] = self.inner_reads.get(number, frozenset()).union(*held)
+        if read and len(known) == len(read):
             names = frozenset().union(*known)
             for leaf in tree_leaves(result):
-                self.origins[id(leaf)] = leaf, names
+                self.origins.setdefault(id(leaf), (leaf, names))
 
     def origins_of(self, tensor: torch.Tensor) -> frozenset[str] | None:
         """The parameters that a tensor comes of: none for a buffer, None for anything else."""
         if id(tensor) in self.origins:
             return self.origins[id(tensor)][1]
-        if id(tensor) in self.constants:
-            return frozenset()
         if tensor.layout is torch.strided and not tensor.requires_grad:
             return self.places.get(storage_key(tensor))
         return None

@@ -197,11 +197,11 @@ class _Calls(TorchFunctionMode):
             for parameter in module._parameters.values():
                 if parameter is not None:
                     self.holders.setdefault(id(parameter), set()).add(path)
-        # Tensors that come from parameters alone, kept alive, with the parameters they come from.
+        # Tensors that come from parameters and buffers alone, kept alive, with those parameters.
         self.origins: dict[int, tuple[Any, frozenset[int]]] = {
             id(p): (p, frozenset([id(p)])) for p in model.parameters()
         }
-        self.constants = {id(buffer): buffer for buffer in model.buffers()}
+        self.origins |= {id(buffer): (buffer, frozenset()) for buffer in model.buffers()}
         self.handles: list[RemovableHandle] = []
         self.open: list[nn.Module] = []
         self.owner: dict[Any, str | None] = {}
@@ -246,19 +246,18 @@ class _Calls(TorchFunctionMode):
         )
         made = self._claim((result, args, kwargs))
         here = self._here()
-        if origins:
-            for parameter in origins:
-                if here not in self.holders[parameter]:
-                    for node in made:
-                        self.readers.setdefault(node, set()).update(self.holders[parameter])
-            if all(self._is_known(t) for t in read):
-                for leaf in tree_leaves(result):
-                    if isinstance(leaf, torch.Tensor) and not self._is_known(leaf):
-                        self.origins[id(leaf)] = (leaf, origins)
+        for parameter in origins:
+            if here not in self.holders[parameter]:
+                for node in made:
+                    self.readers.setdefault(node, set()).update(self.holders[parameter])
+        if read and all(self._is_known(t) for t in read):
+            for leaf in tree_leaves(result):
+                if isinstance(leaf, torch.Tensor) and not self._is_known(leaf):
+                    self.origins[id(leaf)] = (leaf, origins)
         return result
 
     def _is_known(self, tensor: torch.Tensor) -> bool:
-        return id(tensor) in self.origins or id(tensor) in self.constants
+        return id(tensor) in self.origins
 
     def _claim(self, tensors: Any) -> list[Any]:
         """Nodes below these tensors that nobody owns yet become the open module's."""
