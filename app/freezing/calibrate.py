@@ -14,8 +14,9 @@ from torch import nn
 from torch.utils._pytree import tree_map_only
 
 from app.freezing.graph import ModelGraph
+from app.freezing.hidden import nodes_in_order
 from app.freezing.timing import FORMAT
-from app.freezing.trace import Loss, call_model, nodes_in_order, scalar_loss
+from app.freezing.trace import Loss, call_model, scalar_loss
 
 OPTIMIZERS: Mapping[str, Callable[..., torch.optim.Optimizer]] = {
     "sgd": partial(torch.optim.SGD, lr=0.0, momentum=0.9),

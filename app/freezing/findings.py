@@ -207,8 +207,7 @@ def _reentrant_checkpoints(
         "will cut gradients here: nothing before it is trained, so that everything inside it gets "
         "no gradient, with only a warning"
         if cut
-        else "hides what is inside it from the plan, which calls it unreached, and cuts gradients "
-        "as soon as everything before it is frozen"
+        else "cuts gradients as soon as everything before it is frozen"
     )
     yield Finding(
         "reentrant_checkpointing",

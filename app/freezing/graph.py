@@ -89,6 +89,11 @@ class Node:
         saved: (storage index, bytes, edges) of each tensor it saves; kept for backward where one of
             the edges is live, where any is for an empty tuple.
         gradient_bytes: size of the gradients that come into it, which are those of its results.
+        needs: index of a node without which this one is never live, -1 for none.
+        reads: first names of the parameters of which the operation read a value that no edge tells
+            of, like a detached weight.
+        gets_gradient: whether any comes to it; not below an edge by which a Python function's
+            backward gives none.
     """
 
     name: str
@@ -101,6 +106,9 @@ class Node:
     from_parameters: bool = False
     saved: tuple[tuple[int, int, tuple[int, ...]], ...] = ()
     gradient_bytes: int = 0
+    needs: int = -1
+    reads: tuple[str, ...] = ()
+    gets_gradient: bool = True
 
 
 @dataclass(frozen=True)
@@ -112,6 +120,10 @@ class ModelGraph:
         parameters: every unique parameter in model order.
         nodes: the autograd graph, each node after those that its edges lead to; empty where the
             model could not be traced.
+        extras: what autograd's graph does not show, as nodes that go on behind `nodes`: regions
+            that a node recomputes and runs backward through, which are live only if it is; what
+            backward runs again of a checkpoint; and how FLOPs change (some are negative) where a
+            fused kernel is chosen because a mask is frozen.
         traced_by: ``fake``, ``real`` or ``none``: how the graph was got.
         trace_note: why nothing better than `traced_by` worked, "" where nothing failed.
         forward_flops: of one forward pass on the example, operations outside autograd included.
@@ -122,6 +134,7 @@ class ModelGraph:
     modules: tuple[Module, ...]
     parameters: tuple[Parameter, ...]
     nodes: tuple[Node, ...] = ()
+    extras: tuple[Node, ...] = ()
     traced_by: str = "none"
     trace_note: str = ""
     forward_flops: int = 0
@@ -254,13 +267,14 @@ class ModelGraph:
             for name in layer.parameters if layer.same_as is None else ():
                 owners.setdefault(self.canonical_names[name], []).append(layer.path)
         origins: list[frozenset[str]] = []  # the parameters that a node's result is derived from
-        for index, node in enumerate(self.nodes):
+        for index, node in enumerate((*self.nodes, *self.extras)):
             below = [origins[i] for i in node.inputs if i >= 0]
-            read = frozenset().union(*below)
+            read = frozenset(node.reads).union(*below)
             if node.parameter:
                 origins.append(frozenset([node.parameter]))
-            else:
-                origins.append(read if node.from_parameters else frozenset())
+                continue
+            origins.append(read if node.from_parameters else frozenset())
+            if node.gets_gradient:
                 if node.module in operations:
                     operations[node.module][index] = None
                 for name in read:
@@ -311,6 +325,7 @@ class ModelGraph:
             "modules": [asdict(module) for module in self.modules],
             "parameters": [asdict(parameter) for parameter in self.parameters],
             "nodes": [[getattr(node, name) for name in Node.__slots__] for node in self.nodes],
+            "extras": [[getattr(node, name) for name in Node.__slots__] for node in self.extras],
             "traced_by": self.traced_by,
             "trace_note": self.trace_note,
             "forward_flops": self.forward_flops,
@@ -338,6 +353,7 @@ class ModelGraph:
                 for item in document["parameters"]
             ),
             nodes=tuple(_read_node(item) for item in document["nodes"]),
+            extras=tuple(_read_node(item) for item in document.get("extras", ())),
             traced_by=document["traced_by"],
             trace_note=document["trace_note"],
             forward_flops=document["forward_flops"],
@@ -364,4 +380,5 @@ def _read_module(item: Mapping[str, Any]) -> Module:
 def _read_node(item: list[Any]) -> Node:
     values = dict(zip(Node.__slots__, item, strict=False))  # an older graph has fewer
     saved = tuple((storage, size, tuple(edges)) for storage, size, edges in values["saved"])
-    return Node(**{**_with_tuples(values, "inputs", "edge_flops"), "saved": saved})
+    given = [key for key in ("inputs", "edge_flops", "reads") if key in values]
+    return Node(**{**_with_tuples(values, *given), "saved": saved})

@@ -87,7 +87,7 @@ def plan_config(
     return Plan(
         frozen=tuple(compress(frozen, frozen.values())),
         trainable=tuple(compress(frozen, trains)),
-        layers=tuple(_plan_layers(graph, bytes(trains), bytes(computed), near)),
+        layers=tuple(_plan_layers(graph, bytes(trains), bytes(computed), near, near_computed)),
         cost=make_cost(graph, share, assume, devices or {}, timing),
         warnings=(
             *list_findings(graph, config, frozen),
@@ -97,10 +97,15 @@ def plan_config(
 
 
 def _plan_layers(
-    graph: ModelGraph, trains: bytes, computed: bytes, near: Sequence[int]
+    graph: ModelGraph,
+    trains: bytes,
+    computed: bytes,
+    near: Sequence[int],
+    near_computed: Sequence[int],
 ) -> Iterator[LayerPlan]:
     walk = graph.walk
-    reached = walk.is_reached
+    reached = walk.reached_when(near_computed)
+    hides = reached is not walk.is_reached
     same_gradients = trains is computed or trains == computed
     trained_before = ""
     for layer in walk.layers:
@@ -111,7 +116,7 @@ def _plan_layers(
             trained_before = path if count else trained_before
         elif count:
             got = count
-            if reachable < len(own):
+            if hides or reachable < len(own):
                 got = sum(trains[i] and reached[i] for i in own)
             flow = "trained" if got else "unreached"
             because = f"{got} of its {len(own)} parameters receive gradients" if got else _UNREACHED

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from app.freezing.graph import ModelGraph
 
 DEAD = 1 << 62
+ENTRY = "Entry"  # name of a node by which a hidden region reads what lies outside it
 
 
 class Layer(NamedTuple):
@@ -47,17 +48,21 @@ class Walk:
         self.count = len(self.index)
         self._meet: list[Callable[[Sequence[int]], tuple[int, ...]]] = []
         self._known: dict[tuple[int, ...], int] = {}
-        self._wires = wires = self._lay_wires(graph)
+        laid = self._lay_wires(graph)
+        self._wires = wires = laid[: len(graph.nodes)]
         self._inputs = [node.inputs for node in graph.nodes]
         self.targets = [*_name_targets(graph), "gradients pass through to an activation"]
-        reached = {node.parameter for node in graph.nodes} if graph.nodes else set(self.index)
+        self._gates = self._find_gates(graph, laid)
+        every = (*graph.nodes, *graph.extras)
+        reached = {node.parameter for node in every if node.gets_gradient}
+        reached = reached if graph.nodes else set(self.index)
         self.is_reached = bytes(name in reached for name in self.index)
         self.parameter_bytes = [p.nbytes for p in graph.parameters]
         self.reached_bytes = [
             p.nbytes if is_reached else 0
             for p, is_reached in zip(graph.parameters, self.is_reached, strict=True)
         ]
-        self.layers = self._read_layers(graph, wires)
+        self.layers = self._read_layers(graph, laid)
         frees = self._lay_storages(graph, wires)
         width = self.count + 1 + len(self._meet)
         self.backward_flops = [0] * width
@@ -65,13 +70,15 @@ class Walk:
         self.node_count = [0] * width
         for wire, size in frees.values():
             self.saved_bytes[wire] += size
-        for node, wire in zip(graph.nodes, wires, strict=True):
+        for wire in wires:
+            if wire >= 0:
+                self.node_count[wire] += 1
+        for node, wire in zip(every, laid, strict=True):
             if wire >= 0:
                 self.backward_flops[wire] += node.node_flops
-                self.node_count[wire] += 1
             for below, flops in zip(node.inputs, node.edge_flops, strict=False):
-                if below >= 0 and wires[below] >= 0:
-                    self.backward_flops[wires[below]] += flops
+                if below >= 0 and laid[below] >= 0:
+                    self.backward_flops[laid[below]] += flops
         self._note_memory(graph, wires, frees)
 
     def nearest(self, trains: Iterable[int]) -> list[int]:
@@ -90,6 +97,19 @@ class Walk:
         for meet in self._meet:
             append(min(meet(near)) + step)
         return near
+
+    def reached_when(self, near: Sequence[int]) -> bytes:
+        """For every parameter whether backward reaches it, if it trains.
+
+        Always, or never; but what a region hides gets a gradient only where something before the
+        region does.
+        """
+        if not self._gates:
+            return self.is_reached
+        reached = bytearray(self.is_reached)
+        for index, wire in self._gates.items():
+            reached[index] = near[wire] < DEAD
+        return bytes(reached)
 
     def sum_live(self, values: Sequence[int | float], near: Sequence[int]) -> Any:
         """The sum of `values` over live wires."""
@@ -144,14 +164,39 @@ class Walk:
             self._meet.append(itemgetter(*key))
         return self._known[key]
 
+    def _join_both(self, wire: int, other: int) -> int:
+        """The wire that is live where both of these are, at the distance of the first."""
+        if wire < 0 or other < 0:
+            return -1
+        key = (wire, -other - 1)  # no key of a join: those rise
+        if key not in self._known:
+            self._known[key] = self.count + 1 + len(self._meet)
+            self._meet.append(lambda near: (near[wire] if near[other] < DEAD else DEAD,))
+        return self._known[key]
+
     def _lay_wires(self, graph: ModelGraph) -> list[int]:
         wires: list[int] = []
-        for node in graph.nodes:
+        for node in (*graph.nodes, *graph.extras):
             if node.parameter is None:
-                wires.append(self._join(wires[i] for i in node.inputs if i >= 0))
+                wire = self._join(wires[i] for i in node.inputs if i >= 0)
+                wires.append(wire if node.needs < 0 else self._join_both(wire, wires[node.needs]))
             else:
                 wires.append(self.index.get(node.parameter, self.count))
         return wires
+
+    def _find_gates(self, graph: ModelGraph, wires: Sequence[int]) -> dict[int, int]:
+        """Parameter that only regions read → the wire that is live where one of them is."""
+        openly: set[int] = set()
+        regions: dict[int, list[int]] = {}
+        every = (*graph.nodes, *graph.extras)
+        for node in every:
+            below = [every[i].parameter for i in node.inputs if i >= 0]
+            for name in (name for name in below if name):
+                if node.name == ENTRY:
+                    regions.setdefault(self.index[name], []).append(wires[node.needs])
+                else:
+                    openly.add(self.index[name])
+        return {i: self._join(on) for i, on in regions.items() if i not in openly}
 
     def _read_layers(self, graph: ModelGraph, wires: Sequence[int]) -> tuple[Layer, ...]:
         layers = []

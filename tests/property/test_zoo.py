@@ -1,4 +1,4 @@
-"""The plan against real backward passes: 53 architectures, fifty freeze sets each."""
+"""The plan against real backward passes: 66 architectures, fifty freeze sets each."""
 
 from __future__ import annotations
 
@@ -18,38 +18,45 @@ from app.freezing.plan import plan_config
 from app.freezing.presets import shortest_rules
 from app.freezing.proof import Proof
 from app.freezing.trace import trace_model
+from tests.zoo.hidden import HIDDEN
 from tests.zoo.library import LIBRARY, build_library_model
 from tests.zoo.observe import Seen, call, find_loss, observe
 from tests.zoo.own import OWN
 
 SETS = 50
 # Cannot be traced under fake tensors: what their forward does depends on values. One real batch is.
-TRACED_FOR_REAL = {"packed sequences", "longformer", "mixtral"}
-# Where backward's FLOPs are not the plan's, and why. Everything else holds for these too.
-OTHER_FLOPS = {
-    # Backward runs the forward of a checkpointed block again; the plan counts each forward once.
-    "checkpointed",
-    # Its position bias is an attention mask. Where a mask needs a gradient torch chooses plain
-    # attention, where it is frozen the fused kernel, whose backward multiplies five times to four.
-    "swin",
-}
+TRACED_FOR_REAL = {"packed sequences", "longformer"}
 # Where what forward keeps differs by more than 5 %, and by how much at most. Mixtral's experts get
-# more or fewer tokens by chance; swin's attention keeps other tensors in a fused kernel. Of the
-# mobile net some sets keep more than the plan says; why is not known. A checkpointed block keeps
-# for itself, so that hooks see nothing of it.
-OTHER_SAVED = {"mixtral": 0.3, "swin": 0.2, "mobilenet-v2": 0.15}
-# Layers whose only operation outside their own call is one that a fused kernel swallows: where the
-# bias of swin's attention is frozen, one kernel reads it together with the values, and backward
-# runs through that kernel even where only the values train. Traced with everything trainable the
-# product with the values stands alone, and the bias is idle.
-FUSED = {"swin": ".relative_position_bias"}
+# more or fewer tokens by chance; a bias of attention that is frozen has it keep other tensors, in a
+# fused kernel; an in-place operation on a view does not show what it keeps (swin's second version
+# has one in the network that makes its bias). Of the mobile net some sets keep more than the plan
+# says; why is not known.
+OTHER_SAVED = {
+    "mixtral": 0.3,
+    "swin": 0.2,
+    "swin-v2": 0.75,
+    "biased attention": 0.35,
+    "mobilenet-v2": 0.15,
+}
+# What forward keeps is not compared: hooks see nothing of what a checkpoint keeps for itself, nor
+# are they let into torch.func.grad.
+NOT_SEEN_SAVED = {
+    "checkpointed",
+    "nested checkpoints",
+    "reentrant checkpoints",
+    "a library's checkpoint",
+    "slopes",
+}
+# Frozen or not, this is moved by the forward: the alarm is no false one.
+MOVED_BY_FORWARD = {"momentum queue": {"key.weight", "key.bias"}}
 
 
 def build(name: str) -> tuple[nn.Module, object]:
     torch.manual_seed(0)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # a library's own about its tiny configuration
-        return OWN[name]() if name in OWN else build_library_model(name)
+        own = {**OWN, **HIDDEN}
+        return own[name]() if name in own else build_library_model(name)
 
 
 def draw_sets(graph: ModelGraph, seed: str) -> Iterator[set[str]]:
@@ -89,7 +96,7 @@ def one_thread() -> Iterator[None]:
 
 
 @pytest.mark.filterwarnings("ignore")  # the libraries' own, about torch and about small inputs
-@pytest.mark.parametrize("name", [*OWN, *LIBRARY])
+@pytest.mark.parametrize("name", [*OWN, *HIDDEN, *LIBRARY])
 def test_flow_states_and_flops_are_those_of_a_real_backward(name: str) -> None:
     model, example = build(name)
     model.train()
@@ -99,11 +106,10 @@ def test_flow_states_and_flops_are_those_of_a_real_backward(name: str) -> None:
         state = {p.name: p.name not in trains for p in graph.parameters}
         plan = plan_config(graph, FreezeConfig(rules=shortest_rules(state, graph)))
         assert set(plan.trainable) == trains
-        seen = observe(model, example, trains)
+        seen = observe(model, example, trains, keeps=name not in NOT_SEEN_SAVED)
         flows = expect_flows(model, graph, trains, seen)
         for layer, flow in zip(plan.layers, flows, strict=True):
-            is_fused = name in FUSED and layer.path.endswith(FUSED[name])
-            assert layer.flow == flow or (is_fused and (layer.flow, flow) == ("idle", "passes"))
+            assert layer.flow == flow, layer
         with_gradient = {layer.path for layer in plan.layers if layer.weight_gradient}
         assert with_gradient == {
             layer.path
@@ -111,17 +117,13 @@ def test_flow_states_and_flops_are_those_of_a_real_backward(name: str) -> None:
             if {graph.canonical_names[n] for n in layer.parameters} & seen.reached
         }
         assert plan.cost["forward_flops"] == seen.forward_flops
+        assert plan.cost["backward_flops"] == seen.backward_flops
         saved = pytest.approx(seen.saved_bytes, rel=OTHER_SAVED.get(name, 0.05), abs=512)
-        assert name == "checkpointed" or plan.cost["activation_bytes"] == saved
-        if name not in OTHER_FLOPS:
-            assert plan.cost["backward_flops"] == seen.backward_flops
-        else:
-            most = plan.cost["backward_flops"] + seen.forward_flops
-            assert plan.cost["backward_flops"] <= seen.backward_flops <= most
+        assert name in NOT_SEEN_SAVED or plan.cost["activation_bytes"] == saved
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("name", [*OWN, *LIBRARY])
+@pytest.mark.parametrize("name", [*OWN, *HIDDEN, *LIBRARY])
 def test_what_stays_frozen_raises_no_alarm(name: str) -> None:
     model, example = build(name)
     model.train()
@@ -140,4 +142,6 @@ def test_what_stays_frozen_raises_no_alarm(name: str) -> None:
                 loss.backward()
                 optimizer.step()
         told = proof.check()
-        assert told["verdict"] == "holds", told
+        moved = {change["name"] for change in told["frozen"]["changed"]}
+        assert moved <= MOVED_BY_FORWARD.get(name, set()), told
+        assert told["verdict"] == ("broken" if moved else "holds"), told

@@ -134,6 +134,12 @@ LIBRARY: dict[str, tuple[str, dict[str, Any], Callable[[], dict[str, Any]]]] = {
          "window_size": 4},
         picture(),
     ),
+    "swin-v2": (
+        "Swinv2Model",
+        {"image_size": 16, "patch_size": 2, "embed_dim": 8, "depths": [1, 1], "num_heads": [2, 2],
+         "window_size": 4},
+        picture(),
+    ),
     "resnet": (
         "ResNetForImageClassification",
         {"embedding_size": 8, "hidden_sizes": [8, 12], "depths": [1, 1]},

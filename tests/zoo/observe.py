@@ -8,8 +8,11 @@ on what really runs, by torch's own formulas, whose gaps are filled here.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import contextlib
+import dataclasses
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -81,29 +84,48 @@ class Seen:
     saved_bytes: int
 
 
-def observe(model: nn.Module, example: Any, trains: set[str], loss: Loss | None = None) -> Seen:
-    """Run one step's forward and backward with just these parameters requiring a gradient."""
+def observe(
+    model: nn.Module,
+    example: Any,
+    trains: set[str],
+    loss: Loss | None = None,
+    *,
+    keeps: bool = True,
+) -> Seen:
+    """Run one step's forward and backward with just these parameters requiring a gradient.
+
+    Args:
+        keeps: look at what forward keeps. torch.func.grad refuses hooks that could.
+    """
     parameters = dict(model.named_parameters())
     for name, parameter in parameters.items():
         parameter.grad = None
         parameter.requires_grad_(name in trains)
-    visited: set[str] = set()
     torch.manual_seed(0)
     calls = _Calls(model)
     forward, backward, kept = _Counter(), _Counter(), _Kept(model)
-    with forward, calls, kept.hooks:
-        value = find_loss(call(model, example), example, loss)
-    for node, paths in calls.owners(value):
-        node.register_prehook(lambda *_, paths=paths: visited.update(paths))
-    if value.requires_grad:
-        with backward:
-            value.backward()
+    with calls:  # in backward too: what it recomputes makes nodes, and runs through them
+        with forward, kept.hooks if keeps else contextlib.nullcontext():
+            value = find_loss(call(model, example), example, loss)
+        calls.finish(value)
+        if value.requires_grad:
+            with backward:
+                run_backward(value)
     return Seen(
         frozenset(name for name, parameter in parameters.items() if parameter.grad is not None),
-        frozenset(visited),
+        frozenset(calls.visited),
         forward.flops,
         backward.flops,
         sum(tensor.untyped_storage().nbytes() for tensor in kept.tensors.values()),
+    )
+
+
+def run_backward(value: torch.Tensor) -> None:
+    """As `value.backward()`, inside which the mode would not be asked of what is recomputed."""
+    engine = torch.autograd.Variable._execution_engine
+    one = (torch.ones_like(value),)
+    engine.run_backward(
+        (value,), one, False, False, (), allow_unreachable=True, accumulate_grad=True
     )
 
 
@@ -153,6 +175,8 @@ def find_loss(output: Any, example: Any, loss: Loss | None) -> torch.Tensor:
     for name in ("logits", "last_hidden_state"):
         if isinstance(getattr(output, name, None), torch.Tensor):
             return getattr(output, name).float().square().mean()
+    if dataclasses.is_dataclass(output):
+        output = vars(output)
     floating = (t for t in tree_leaves(output) if torch.is_tensor(t) and t.is_floating_point())
     return next(floating).float().square().mean()
 
@@ -173,18 +197,24 @@ class _Calls(TorchFunctionMode):
             for parameter in module._parameters.values():
                 if parameter is not None:
                     self.holders.setdefault(id(parameter), set()).add(path)
-        # Tensors that come from parameters alone, kept alive, with the parameters they come from.
+        # Tensors that come from parameters and buffers alone, kept alive, with those parameters.
         self.origins: dict[int, tuple[Any, frozenset[int]]] = {
             id(p): (p, frozenset([id(p)])) for p in model.parameters()
         }
-        self.constants = {id(buffer): buffer for buffer in model.buffers()}
+        self.origins |= {id(buffer): (buffer, frozenset()) for buffer in model.buffers()}
         self.handles: list[RemovableHandle] = []
         self.open: list[nn.Module] = []
         self.owner: dict[Any, str | None] = {}
         self.readers: dict[Any, set[str]] = {}
+        self.visited: set[str] = set()
+        self.running: str | None = None  # the module whose node backward runs
+        self.is_forward = True  # which may run a backward of its own
 
     def __enter__(self) -> _Calls:
-        for module in self.paths:  # what other hooks of a module do is inside its call
+        # What other hooks of a module do is inside its call; scripted ones take no hooks.
+        for module in self.paths:
+            if isinstance(module, torch.jit.ScriptModule):
+                continue
             self.handles += (
                 module.register_forward_pre_hook(self._enter, with_kwargs=True, prepend=True),
                 module.register_forward_hook(self._leave, always_call=True),
@@ -215,24 +245,23 @@ class _Calls(TorchFunctionMode):
             *(self.origins[id(t)][1] for t in read if id(t) in self.origins)
         )
         made = self._claim((result, args, kwargs))
-        here = self.paths[self.open[-1]] if self.open else None
-        if origins:
-            for parameter in origins:
-                if here not in self.holders[parameter]:
-                    for node in made:
-                        self.readers.setdefault(node, set()).update(self.holders[parameter])
-            if all(self._is_known(t) for t in read):
-                for leaf in tree_leaves(result):
-                    if isinstance(leaf, torch.Tensor) and not self._is_known(leaf):
-                        self.origins[id(leaf)] = (leaf, origins)
+        here = self._here()
+        for parameter in origins:
+            if here not in self.holders[parameter]:
+                for node in made:
+                    self.readers.setdefault(node, set()).update(self.holders[parameter])
+        if read and all(self._is_known(t) for t in read):
+            for leaf in tree_leaves(result):
+                if isinstance(leaf, torch.Tensor) and not self._is_known(leaf):
+                    self.origins[id(leaf)] = (leaf, origins)
         return result
 
     def _is_known(self, tensor: torch.Tensor) -> bool:
-        return id(tensor) in self.origins or id(tensor) in self.constants
+        return id(tensor) in self.origins
 
     def _claim(self, tensors: Any) -> list[Any]:
         """Nodes below these tensors that nobody owns yet become the open module's."""
-        here = self.paths[self.open[-1]] if self.open else None
+        here = self._here()
         leaves = [t for t in tree_leaves(tensors) if isinstance(t, torch.Tensor)]
         stack = [t.grad_fn for t in leaves if t.grad_fn is not None]
         made = []
@@ -241,13 +270,24 @@ class _Calls(TorchFunctionMode):
             if node is None or node in self.owner or hasattr(node, "variable"):
                 continue
             self.owner[node] = here
+            node.register_prehook(partial(self._visit, node))
             made.append(node)
             stack += [below for below, _ in node.next_functions]
         return made
 
-    def owners(self, value: torch.Tensor) -> Iterator[tuple[Any, set[str]]]:
-        """Every node with the paths of the modules whose operation it is."""
+    def _here(self) -> str | None:
+        return self.paths[self.open[-1]] if self.open else self.running
+
+    def _visit(self, node: Any, gradients: tuple[Any, ...]) -> None:
+        """Backward comes to a node. Where it brings no gradient there is nothing to do."""
+        if self.is_forward or all(gradient is None for gradient in gradients):
+            return
+        self.running = self.owner[node]
+        self.visited |= self.readers.get(node, set())
+        if self.running is not None:
+            self.visited.add(self.running)
+
+    def finish(self, value: torch.Tensor) -> None:
+        """What was made after the last call is nobody's. What runs from now on is backward."""
         self._claim(value)
-        for node, path in self.owner.items():
-            paths = {path} if path is not None else set()
-            yield node, paths | self.readers.get(node, set())
+        self.is_forward = False
