@@ -39,17 +39,19 @@ def make_cost(
     timing: Timing | None = None,
 ) -> dict[str, Any]:
     """The `cost` of a plan, beside that of training everything."""
-    cost = _cost_of(graph, share, assume)
+    at_once = any(name.startswith("cuda") for name in devices)
+    cost = _cost_of(graph, share, assume, at_once)
     if len(graph.full_costs) >= FULL_COSTS_KEPT:
         graph.full_costs.clear()
-    if (assume, timing) not in graph.full_costs:
+    asked = (assume, timing, at_once)
+    if asked not in graph.full_costs:
         every = [p.floating for p in graph.parameters]
         everything = Share(every, every, every, graph.walk.nearest(every))
-        graph.full_costs[assume, timing] = {
-            **_cost_of(graph, everything, assume),
+        graph.full_costs[asked] = {
+            **_cost_of(graph, everything, assume, at_once),
             "predicted_step_ms": _predict(graph, everything, assume, timing),
         }
-    full = graph.full_costs[assume, timing]
+    full = graph.full_costs[asked]
     step, full_step = cost["step_flops"], full["step_flops"]
     return {
         **cost,
@@ -95,26 +97,31 @@ def _predict(
     return float(f"{ms:.4g}")
 
 
-def _cost_of(graph: ModelGraph, share: Share, assume: Assumption) -> dict[str, Any]:
+def _cost_of(graph: ModelGraph, share: Share, assume: Assumption, at_once: bool) -> dict[str, Any]:
     """FLOPs and bytes of one step.
 
     step = Σ F + Σ (r·Bx + t·Bw): every edge of a node costs its backward FLOPs where what it leads
-    to is live. FLOPs and activations grow in proportion to the batch.
+    to is live. FLOPs and activations grow in proportion to the batch. The peak is in forward or
+    backward, or while the optimizer steps.
+
+    Args:
+        at_once: whether the optimizer steps all tensors at once, as torch does on a GPU.
     """
     walk = graph.walk
     scale = (assume.batch_size or graph.batch_size) / graph.batch_size
     gradient_bytes = sum(compress(walk.reached_bytes, share.computed))
-    optimizer_bytes = OPTIMIZER_STATE[assume.optimizer] * sum(
-        compress(walk.reached_bytes, share.stepped)
-    )
+    stepped = list(compress(walk.reached_bytes, share.stepped))
+    optimizer_bytes = OPTIMIZER_STATE[assume.optimizer] * sum(stepped)
     forward = backward = activations = peak = None
     if graph.nodes:
         forward = round(graph.forward_flops * scale)
         backward = round(walk.sum_live(walk.backward_flops, share.near) * scale)
         half = 0.5 if assume.precision != "fp32" else 1.0  # autocast keeps activations in 16 bits
         activations = round(walk.sum_live(walk.saved_bytes, share.near) * scale * half)
-        busy = max(gradient_bytes, walk.peak_bytes(share.near, scale * half))
-        peak = graph.resting_bytes + optimizer_bytes + busy
+        held = walk.peak_bytes(share.near, scale * half)
+        if held is not None:
+            update = gradient_bytes + _update_bytes(stepped, assume.optimizer, at_once)
+            peak = graph.resting_bytes + optimizer_bytes + max(held, update)
     return {
         "forward_flops": forward,
         "backward_flops": backward,
@@ -125,3 +132,10 @@ def _cost_of(graph: ModelGraph, share: Share, assume: Assumption) -> dict[str, A
         "activation_bytes": activations,
         "peak_bytes": peak,
     }
+
+
+def _update_bytes(stepped: Sequence[int], optimizer: str, at_once: bool) -> int:
+    """What Adam's step makes for itself: its denominators, and on the way to one two more."""
+    if optimizer == "sgd":
+        return 0
+    return sum(stepped) if at_once else 3 * max(stepped, default=0)

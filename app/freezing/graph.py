@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from typing import Any
 
+from app.freezing.memory import Memory
 from app.freezing.walk import Walk
 
 FORMAT = 1
@@ -128,6 +129,7 @@ class ModelGraph:
         trace_note: why nothing better than `traced_by` worked, "" where nothing failed.
         forward_flops: of one forward pass on the example, operations outside autograd included.
         batch_size: first dimension of the example that was traced.
+        memory: what a step makes and lets go; None where that could not be seen.
         sequence_length, image_size: of that example, as far as it has them.
     """
 
@@ -139,6 +141,7 @@ class ModelGraph:
     trace_note: str = ""
     forward_flops: int = 0
     batch_size: int = 1
+    memory: Memory | None = None
     sequence_length: int | None = None
     image_size: int | None = None
 
@@ -330,6 +333,7 @@ class ModelGraph:
             "trace_note": self.trace_note,
             "forward_flops": self.forward_flops,
             "batch_size": self.batch_size,
+            "memory": None if self.memory is None else self.memory.to_document(),
             "sequence_length": self.sequence_length,
             "image_size": self.image_size,
         }
@@ -358,9 +362,14 @@ class ModelGraph:
             trace_note=document["trace_note"],
             forward_flops=document["forward_flops"],
             batch_size=document["batch_size"],
+            memory=_read_memory(document.get("memory")),
             sequence_length=document.get("sequence_length"),  # an older graph says neither
             image_size=document.get("image_size"),
         )
+
+
+def _read_memory(document: Mapping[str, Any] | None) -> Memory | None:
+    return None if document is None else Memory.from_document(document)  # an older graph has none
 
 
 def _itemsize(dtype: str) -> int:

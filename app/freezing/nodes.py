@@ -42,10 +42,15 @@ _RESULTS = ("result", "out", "output", "logsumexp")
 
 
 class Read(NamedTuple):
-    """The graph, and what is not in it: see `ModelGraph.nodes` and `ModelGraph.extras`."""
+    """The graph, and what is not in it: see `ModelGraph.nodes` and `ModelGraph.extras`.
+
+    Attributes:
+        order: for each node below the loss, as `nodes_in_order` gives them, its index; -1 for none.
+    """
 
     nodes: tuple[Node, ...]
     extras: tuple[Node, ...]
+    order: tuple[int, ...]
 
 
 def read_nodes(
@@ -87,13 +92,14 @@ class _Reader:
     def read(self, root: Any, attentions: Sequence[Attention]) -> Read:
         regions = self._read_graph([root], {}, None)
         width = len(self.nodes)
+        order = tuple(self.index.get(grad_fn, -1) for grad_fn in nodes_in_order(root))
         for region in regions:  # grows meanwhile: a region may have regions in it
             regions += self._read_region(region)
         for attention in attentions:
             self._read_attention(attention)
         for steps in self.recorder.regions.values():
             self._read_checkpoint(steps)
-        return Read(tuple(self.nodes[:width]), tuple(self.nodes[width:]))
+        return Read(tuple(self.nodes[:width]), tuple(self.nodes[width:]), order)
 
     # -------------------------------------------------------------------------------------- graph
 
@@ -204,13 +210,9 @@ class _Reader:
         kept: list[tuple[int, int, tuple[int, ...]]] = []
         if workspace := self.recorder.workspaces.get(number, 0):
             kept.append((storages.setdefault(-number, len(storages)), workspace, ()))
-        for name, tensor in _saved_tensors(grad_fn):
-            if "BatchNorm" in kind and name in _CHANNEL_STATISTICS:
-                continue
-            key = storage_key(tensor)
-            if key not in self.resting:
-                storage = storages.setdefault(key, len(storages))
-                kept.append((storage, tensor.untyped_storage().nbytes(), wanted_for.get(name, ())))
+        for name, tensor in kept_tensors(grad_fn, self.resting):
+            storage = storages.setdefault(storage_key(tensor), len(storages))
+            kept.append((storage, tensor.untyped_storage().nbytes(), wanted_for.get(name, ())))
         return tuple(kept)
 
     # ------------------------------------------------------------------------------------- hidden
@@ -339,6 +341,16 @@ def _entries(outer: Any) -> dict[int, list[Any]]:
 
 def _result_bytes(result: Any) -> int:
     return 0 if result.is_nested_tensor else math.prod(result.shape) * result.dtype.itemsize
+
+
+def kept_tensors(grad_fn: Any, resting: set[int]) -> list[tuple[str, torch.Tensor]]:
+    """What a node keeps for backward, by name; weights, buffers and channels' numbers left out."""
+    left_out = _CHANNEL_STATISTICS if "BatchNorm" in grad_fn.name() else frozenset()
+    return [
+        (name, tensor)
+        for name, tensor in _saved_tensors(grad_fn)
+        if name not in left_out and storage_key(tensor) not in resting
+    ]
 
 
 def _saved_tensors(grad_fn: Any) -> Iterator[tuple[str, torch.Tensor]]:

@@ -17,6 +17,8 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from app.freezing.fakes import enter_known, known_values, see_known
 from app.freezing.graph import Buffer, ModelGraph, Module, Parameter
+from app.freezing.lifetimes import read_memory
+from app.freezing.memory import Memory
 from app.freezing.nodes import Read, read_nodes
 from app.freezing.record import Attentions, Recorder, Spans, storage_key
 from app.freezing.undisturbed import undisturbed
@@ -51,9 +53,7 @@ def trace_model(
     Returns:
         The graph; `traced_by` says how it was got.
     """
-    bare = read_model(model)
-    read = Read((), ())
-    traced_by, forward_flops = "none", 0
+    graph = read_model(model)
     notes: list[str] = []
     if example is None:
         notes.append("There is no example to call it with; give 'input' a shape, or show it data.")
@@ -65,21 +65,19 @@ def trace_model(
                 break  # there are no weights to compute with
             try:
                 with undisturbed(model, with_values=how == "real"):
-                    read, forward_flops = _trace_nodes(model, example, loss, fake=how == "fake")
+                    traced = _trace(graph, model, example, loss, fake=how == "fake")
             except Exception as error:  # whatever a user's forward raises under this way of tracing
-                notes.append(f"{how}: {type(error).__name__}: {str(error).splitlines()[0][:300]}")
+                notes.append(f"{how}: {_in_short(error)}")
             else:
-                traced_by = how
+                notes += [traced.trace_note] * bool(traced.trace_note)
+                graph = replace(traced, traced_by=how)
                 break
-    return replace(
-        bare,
-        nodes=read.nodes,
-        extras=read.extras,
-        traced_by=traced_by,
-        trace_note=" ".join(notes),
-        forward_flops=forward_flops,
-        batch_size=_batch_size(example),
-    )
+    return replace(graph, trace_note=" ".join(notes), batch_size=_batch_size(example))
+
+
+def _in_short(error: Exception) -> str:
+    said = str(error).splitlines() or [""]
+    return f"{type(error).__name__}: {said[0][:300]}"
 
 
 def _fake_mode(model: nn.Module) -> FakeTensorMode | None:
@@ -198,9 +196,9 @@ def _dtype_name(dtype: torch.dtype) -> str:
 # ------------------------------------------------------------------------------------------- nodes
 
 
-def _trace_nodes(
-    model: nn.Module, example: Any, loss: Loss | None, *, fake: bool
-) -> tuple[Read, int]:
+def _trace(
+    bare: ModelGraph, model: nn.Module, example: Any, loss: Loss | None, *, fake: bool
+) -> ModelGraph:
     mode: Any = contextlib.nullcontext()
     if fake:
         mode = _fake_mode(model) or FakeTensorMode(allow_non_fake_inputs=True)
@@ -221,7 +219,33 @@ def _trace_nodes(
             flops = recorder.forward_flops
             places = {storage_key(t) for t in resting if t.layout is torch.strided}
             read = read_nodes(names, value, spans, recorder, attentions.found, places)
-        return read, flops
+        del output, value, recorder, attentions
+        torch.manual_seed(0)
+        memory, note = _see_memory(model, example, loss, read, places)
+    return replace(
+        bare,
+        nodes=read.nodes,
+        extras=read.extras,
+        forward_flops=flops,
+        memory=memory,
+        trace_note=note,
+    )
+
+
+def _see_memory(
+    model: nn.Module, example: Any, loss: Loss | None, read: Read, resting: set[int]
+) -> tuple[Memory | None, str]:
+    """What a second step, with its backward, makes and lets go; else why that is not known."""
+
+    def take_forward() -> tuple[torch.Tensor, Any]:
+        output = call_model(model, example)
+        return scalar_loss(output, example, loss), output
+
+    given = [leaf for leaf in tree_leaves(example) if isinstance(leaf, torch.Tensor)]
+    try:
+        return read_memory(take_forward, given, model, read, resting), ""
+    except Exception as error:  # whatever a user's backward raises on stand-ins
+        return None, f"memory: {_in_short(error)}"
 
 
 def scalar_loss(output: Any, example: Any, loss: Loss | None) -> torch.Tensor:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from itertools import accumulate, compress
-from operator import add, itemgetter
+from itertools import compress
+from operator import itemgetter
 from typing import TYPE_CHECKING, Any, NamedTuple
+
+from app.freezing.memory import Timeline
 
 if TYPE_CHECKING:
     from app.freezing.graph import ModelGraph
 
 DEAD = 1 << 62
+TIMELINES_KEPT = 8
 ENTRY = "Entry"  # name of a node by which a hidden region reads what lies outside it
 
 
@@ -79,7 +82,13 @@ class Walk:
             for below, flops in zip(node.inputs, node.edge_flops, strict=False):
                 if below >= 0 and laid[below] >= 0:
                     self.backward_flops[laid[below]] += flops
-        self._note_memory(graph, wires, frees)
+        released: dict[int, list[int]] = {}  # the last of those that save it lets it go
+        for storage, last in {
+            s: i for i in reversed(range(len(wires))) for s, _, _ in graph.nodes[i].saved
+        }.items():
+            released.setdefault(last, []).append(storage)
+        self._memory, self._kept = graph.memory, (frees, released)
+        self._timelines: dict[float, Timeline] = {}
 
     def nearest(self, trains: Iterable[int]) -> list[int]:
         """For every wire the nearest trained parameter, as joins away × (parameters + 1) + index.
@@ -115,26 +124,19 @@ class Walk:
         """The sum of `values` over live wires."""
         return sum(compress(values, map(DEAD.__gt__, near)))
 
-    def peak_bytes(self, near: Sequence[int], scale: float) -> int:
-        """The most that activations and gradients of one backward hold together.
+    def peak_bytes(self, near: Sequence[int], scale: float) -> int | None:
+        """The most that a step holds beside weights and optimizer state; None where not known.
 
         Args:
             scale: of all that grows with the batch, against the traced one.
-
-        Backward frees a node's saved tensors and adds parameters' gradients as it goes; the
-        gradient that comes into a node and those that go out of it are there meanwhile.
         """
-        live = [n < DEAD for n in (*near, DEAD)]
-        events = list(map(live.__getitem__, self._event_wires))
-        held = accumulate(compress(self._event_bytes, events), initial=0)
-        added = accumulate(compress(self._event_gradients, events), initial=0)
-        room = [0, *compress(self._event_room, events)]
-        saved = self.sum_live(self.saved_bytes, near)
-        if scale == 1:
-            return saved + max(map(add, map(add, held, room), added))
-        return max(
-            round((saved + h + r) * scale) + a for h, r, a in zip(held, room, added, strict=True)
-        )
+        if self._memory is None:
+            return None
+        if scale not in self._timelines:
+            if len(self._timelines) >= TIMELINES_KEPT:
+                self._timelines.clear()
+            self._timelines[scale] = Timeline(self._memory, self._wires, *self._kept, scale)
+        return self._timelines[scale].peak_bytes([*map(DEAD.__gt__, near), True])
 
     def spread(self, costs: Sequence[Sequence[float]]) -> list[float]:
         """Costs of nodes as costs of wires.
@@ -229,30 +231,6 @@ class Walk:
                 keepers.setdefault(storage, []).extend(kept)
         kept_on = {storage: self._join(on) for storage, on in keepers.items()}
         return {s: (wire, sizes[s]) for s, wire in kept_on.items() if wire >= 0}
-
-    def _note_memory(
-        self, graph: ModelGraph, wires: Sequence[int], frees: dict[int, tuple[int, int]]
-    ) -> None:
-        """What backward adds and frees, in its order: the newest node first."""
-        last = {s: i for i in reversed(range(len(wires))) for s, _, _ in graph.nodes[i].saved}
-        freed: dict[int, list[tuple[int, int]]] = {}
-        for storage, index in last.items():
-            if storage in frees:
-                freed.setdefault(index, []).append(frees[storage])
-        events: list[tuple[int, int, int, int]] = []  # wire, freed, room, parameter's gradient
-        for index in reversed(range(len(wires))):
-            node = graph.nodes[index]
-            if node.parameter:
-                events.append((wires[index], 0, 0, graph.by_name[node.parameter].nbytes))
-                continue
-            room = node.gradient_bytes + sum(
-                graph.nodes[i].gradient_bytes for i in node.inputs if i >= 0
-            )
-            if room:
-                events.append((wires[index], 0, room, 0))
-            events += [(wire, -size, 0, 0) for wire, size in freed.get(index, ())]
-        columns = [list(column) for column in zip(*events, strict=True)] or [[], [], [], []]
-        self._event_wires, self._event_bytes, self._event_room, self._event_gradients = columns
 
 
 def _name_targets(graph: ModelGraph) -> list[str]:

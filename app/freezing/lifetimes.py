@@ -1,0 +1,268 @@
+"""Lifetimes: runs one step to see what it makes and lets go, and when. Knows no freeze set."""
+
+from __future__ import annotations
+
+import contextlib
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from app.freezing.fakes import forget_unwritten, know_made, run_operation
+from app.freezing.graph import Node
+from app.freezing.hidden import nodes_in_order
+from app.freezing.memory import Change, Memory
+from app.freezing.nodes import Read, kept_tensors
+from app.freezing.record import storage_key
+
+
+class NotSeen(Exception):
+    """The step went another way than the one that was traced."""
+
+
+def read_memory(
+    take_forward: Callable[[], tuple[torch.Tensor, Any]],
+    given: Sequence[torch.Tensor],
+    model: nn.Module,
+    read: Read,
+    resting: set[int],
+) -> Memory:
+    """See what a forward and backward pass makes and lets go.
+
+    Nothing that a node saves is kept alive by it: a stand-in of the same shape takes its place in
+    backward. So it shows when a forward alone lets go of it.
+
+    Args:
+        take_forward: gives the loss, and what else is held until backward has ended.
+        given: the example's tensors, which are held all the while.
+        read: the graph that was traced.
+        resting: storages of parameters and buffers.
+
+    Raises:
+        NotSeen: this step made another graph.
+
+    Side effects: parameters have the gradients that they had, and no others.
+    """
+    watch, nodes = _Watch(resting), read.nodes
+    gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
+    for parameter, _ in gradients:
+        parameter.grad = None
+    try:
+        with watch, torch.autograd.graph.saved_tensors_hooks(watch.pack, watch.unpack):
+            for tensor in given:
+                watch.note(tensor, is_scaled=True)
+            value, held = take_forward()
+            functions = list(nodes_in_order(value.grad_fn))
+            if len(functions) != len(read.order):
+                raise NotSeen("A second forward makes another graph.")
+            storages: dict[int, int] = {}
+            for function, index in zip(functions, read.order, strict=True):
+                if index < 0:
+                    continue
+                if nodes[index].saved:
+                    kept = [tensor for _, tensor in kept_tensors(function, resting)]
+                    storages |= watch.find_saved(kept, nodes[index])
+                function.register_prehook(lambda _, index=index: watch.start_node(index))
+            watch.start_node(read.order[-1])
+            value.backward()
+        owners = {node.parameter: index for index, node in enumerate(nodes) if node.parameter}
+        ends = {
+            storage_key(p.grad): owners.get(name, -1)
+            for name, p in model.named_parameters()
+            if p.grad is not None and p.grad.layout is torch.strided
+        }
+        del held
+        return watch.tell(nodes, storages, ends)
+    finally:
+        for parameter, gradient in gradients:
+            parameter.grad = gradient
+
+
+class _Saved:
+    """What a node keeps in place of a tensor."""
+
+    def __init__(self, tensor: torch.Tensor, number: int) -> None:
+        self.like = tensor.shape, tensor.stride(), tensor.dtype, tensor.device
+        self.number = number
+        self.stand_in: torch.Tensor | None = None
+
+
+class _Watch(TorchDispatchMode):
+    """Numbers storages as they are made, and notes when each is made and let go."""
+
+    def __init__(self, resting: set[int]) -> None:
+        super().__init__()
+        self._ignored = set(resting)
+        self._alive: dict[int, int] = {}
+        self._made: list[tuple[int, bool]] = []  # bytes, whether they grow with the batch
+        self._events: list[tuple[int, bool]] = []  # number of a storage, whether it is made
+        self._starts: list[tuple[int, int]] = []  # place in the events, node
+        self._stand_ins: dict[int, int] = {}
+        self._is_paused = False
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        result = run_operation(func, args, kwargs)
+        if func.namespace == "prim":
+            return result
+        read = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+        forget_unwritten(func, read, result)
+        result = know_made(func, args, kwargs, result)
+        if not self._is_paused:
+            is_scaled = any(map(self._is_scaled, read))
+            for leaf in tree_leaves(result):
+                if isinstance(leaf, torch.Tensor):
+                    self.note(leaf, is_scaled)
+        return result
+
+    def _is_scaled(self, tensor: torch.Tensor) -> bool:
+        if not _is_plain(tensor):
+            return False
+        key = storage_key(tensor)
+        number = self._alive.get(key, self._stand_ins.get(key))
+        return number is not None and self._made[number][1]
+
+    def note(self, tensor: torch.Tensor, is_scaled: bool) -> None:
+        """Note a tensor's storage, unless it is known."""
+        if not _is_plain(tensor):
+            return
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key in self._alive or key in self._ignored:
+            return
+        number = self._alive[key] = len(self._made)
+        self._made.append((storage.nbytes(), is_scaled))
+        self._events.append((number, True))
+        weakref.finalize(storage, self._let_go, key).atexit = False
+
+    def _let_go(self, key: int) -> None:
+        self._events.append((self._alive.pop(key), False))
+
+    def start_node(self, index: int) -> None:
+        """From now on this node of backward runs."""
+        self._starts.append((len(self._events), index))
+
+    def pack(self, tensor: torch.Tensor) -> Any:
+        number = self._alive.get(storage_key(tensor)) if _is_plain(tensor) else None
+        return tensor if number is None else _Saved(tensor, number)
+
+    def unpack(self, saved: Any) -> torch.Tensor:
+        if not isinstance(saved, _Saved):
+            return saved
+        if saved.stand_in is None:
+            shape, stride, dtype, device = saved.like
+            with self._paused(), torch.no_grad():
+                saved.stand_in = torch.empty_strided(shape, stride, dtype=dtype, device=device)
+                saved.stand_in.zero_()
+            storage = saved.stand_in.untyped_storage()
+            key = storage._cdata
+            self._ignored.add(key)
+            self._stand_ins[key] = saved.number
+            weakref.finalize(storage, self._ignored.discard, key).atexit = False
+        return saved.stand_in
+
+    @contextlib.contextmanager
+    def _paused(self) -> Iterator[None]:
+        before, self._is_paused = self._is_paused, True
+        try:
+            yield
+        finally:
+            self._is_paused = before
+
+    def find_saved(self, tensors: Sequence[torch.Tensor], node: Node) -> dict[int, int]:
+        """Number of each storage that a node saves → what the traced graph calls it.
+
+        A workspace, which comes first, is no tensor that anybody sees.
+        """
+        hidden = len(node.saved) - len(tensors)
+        if hidden < 0:
+            raise NotSeen("A second forward saves other tensors.")
+        found = {}
+        for storage, size, _ in node.saved[:hidden]:
+            number = len(self._made)
+            self._made.append((size, True))
+            self._events += [(number, True), (number, False)]
+            found[number] = storage
+        seen = node.saved[hidden:]
+        for tensor, (storage, _, _) in zip(tensors, seen, strict=True):
+            key = storage_key(tensor)
+            if (known := self._stand_ins.get(key, self._alive.get(key))) is not None:
+                found[known] = storage
+        return found
+
+    def tell(
+        self, nodes: Sequence[Node], storages: Mapping[int, int], ends: Mapping[int, int]
+    ) -> Memory:
+        """All of it as plain values.
+
+        Args:
+            storages: number of a storage → what the traced graph calls it.
+            ends: storage of each parameter's gradient → the parameter's node.
+        """
+        border = self._starts[0][0]
+        forward: list[Change] = []
+        for number, is_made in self._events[:border]:
+            size, is_scaled = self._made[number]
+            if not is_made and number in storages:
+                forward.append(Change(storages[number], is_scaled, size, 0))
+            else:
+                _append(forward, Change(-1, is_scaled, *_step(size, is_made)))
+        consumers = self._find_consumers(ends)
+        backward = []
+        stops = [*(place for place, _ in self._starts[1:]), len(self._events)]
+        for (start, node), stop in zip(self._starts, stops, strict=True):
+            changes: list[Change] = []
+            for number, is_made in self._events[start:stop]:
+                size, is_scaled = self._made[number]
+                maker, consumer = consumers.get(number, (-1, -1))
+                fixed = any(_is_of_weights(nodes[i]) for i in (maker, consumer) if i >= 0)
+                _append(changes, Change(consumer, is_scaled and not fixed, *_step(size, is_made)))
+            backward.append((node, tuple(changes)))
+        return Memory(tuple(forward), tuple(backward))
+
+    def _find_consumers(self, ends: Mapping[int, int]) -> dict[int, tuple[int, int]]:
+        """Number of each storage that backward makes → the node that makes it, the last that reads.
+
+        The gradient that comes out of a node is let go by the node that it goes into.
+        """
+        consumers: dict[int, tuple[int, int]] = {}
+        stops = [*(place for place, _ in self._starts[1:]), len(self._events)]
+        for (start, node), stop in zip(self._starts, stops, strict=True):
+            for number, is_made in self._events[start:stop]:
+                if is_made:
+                    consumers[number] = node, node
+                elif number in consumers:
+                    consumers[number] = consumers[number][0], node
+        for key, number in self._alive.items():
+            if number in consumers and key in ends:
+                consumers[number] = consumers[number][0], ends[key]
+        return consumers
+
+
+def _is_plain(tensor: torch.Tensor) -> bool:
+    return tensor.layout is torch.strided and not tensor.is_nested
+
+
+def _is_of_weights(node: Node) -> bool:
+    """Whether gradients of its results are as large as weights, whatever the batch."""
+    return node.parameter is not None or node.from_parameters
+
+
+def _step(size: int, is_made: bool) -> tuple[int, int]:
+    return (size, size) if is_made else (-size, 0)
+
+
+def _append(changes: list[Change], change: Change) -> None:
+    """As part of the last one, where they are of one kind."""
+    if changes and changes[-1][:2] == change[:2]:
+        last = changes[-1]
+        high = max(last.high, last.net + change.high)
+        changes[-1] = Change(last.on, last.is_scaled, last.net + change.net, high)
+    else:
+        changes.append(change)
