@@ -1,7 +1,7 @@
-"""Step times and saved bytes, predicted and measured: eight models, five freeze sets each.
+"""Step times and bytes, predicted and measured: eight models, five freeze sets each.
 
 Run alone: python -m benchmarks.predict [NAME …]. Each model is calibrated as a worker does it, then
-really trained for some steps under each set. It takes minutes.
+really trained for some steps under each set. It takes minutes; --bytes leaves the times out.
 """
 
 import argparse
@@ -17,9 +17,14 @@ os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # as workers run
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_leaves
 
+from app.freezing.assume import Assumption
 from app.freezing.calibrate import calibrate_model
+from app.freezing.config import parse_config
 from app.freezing.graph import ModelGraph
+from app.freezing.held import measure_peak
+from app.freezing.plan import plan_config
 from app.freezing.timing import read_timing
 from app.freezing.trace import call_model, scalar_loss, trace_model
 from app.sources.demo.networks import build_network
@@ -27,7 +32,7 @@ from tests.zoo.observe import observe
 
 Clock = Callable[[], float]
 BATCH, TRACED = 32, 2
-STEPS, ROUNDS = 12, 3
+STEPS, ROUNDS = 12, 6
 
 
 class Recurrent(nn.Module):
@@ -157,17 +162,62 @@ def _names(graph: ModelGraph, trains: list[bool]) -> set[str]:
     return {p.name for p, flag in zip(graph.parameters, trains, strict=True) if flag}
 
 
-def compare_model(name: str, seconds: float, clock: Clock) -> list[tuple[float, float]]:
-    """Relative errors of time and of saved bytes for each freeze set; each is printed.
+def measure_peak_of(
+    model: nn.Module, example: Any, graph: ModelGraph, trains: list[bool]
+) -> tuple[int, int]:
+    """The most bytes that a step of AdamW holds: foretold and real."""
+    names = _names(graph, trains)
+    rules = [{"action": "freeze", "match": "**"}]
+    rules += [{"action": "unfreeze", "match": name} for name in sorted(names)]
+    cost = plan_config(graph, parse_config({"rules": rules}), Assumption(batch_size=BATCH)).cost
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in names)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.0)
 
-    Calibrations and measurements take turns, because a shared machine is not equally quick all the
-    time; the medians of both are compared.
-    """
+    def take_step() -> None:
+        output = call_model(model, example)
+        scalar_loss(output, example, None).backward()
+        del output
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return cost["peak_bytes"], measure_peak(model, optimizer, take_step, tree_leaves(example))
+
+
+def compare_bytes(name: str) -> list[tuple[float, float]]:
+    """Relative errors of saved bytes and of the peak for each freeze set; each is printed."""
+    model, make_example, graph, labels, sets = trace(name)
+    errors = []
+    for label, trains in zip(labels, sets, strict=True):
+        kept = observe(model, make_example(BATCH), _names(graph, trains)).saved_bytes
+        saved = graph.walk.sum_live(graph.walk.saved_bytes, graph.walk.nearest(trains))
+        peak, most = measure_peak_of(model, make_example(BATCH), graph, trains)
+        errors.append((saved * BATCH / TRACED / kept - 1, peak / most - 1))
+        print(
+            f"{name:8} {label:7} saved {kept / 1e6:6.2f} MB {errors[-1][0]:+6.1%}"
+            f"   at most {most / 1e6:6.2f} MB {errors[-1][1]:+6.1%}",
+            flush=True,
+        )
+    return errors
+
+
+def trace(name: str) -> tuple[nn.Module, Callable[[int], Any], ModelGraph, Any, Any]:
     torch.manual_seed(0)
     build, make_example = MODELS[name]
     model = build().train()
     graph = trace_model(model, make_example(TRACED))
     labels, sets = zip(*freeze_sets(graph), strict=True)
+    return model, make_example, graph, labels, sets
+
+
+def compare_times(name: str, seconds: float, clock: Clock) -> list[tuple[float, float]]:
+    """Relative errors of the time of a step for each freeze set; each is printed.
+
+    Calibrations and measurements take turns, because a shared machine is not equally quick all the
+    time; the medians of both are compared. The same is done with every other measurement and those
+    in between: how far a perfect prediction would be off here.
+    """
+    model, make_example, graph, labels, sets = trace(name)
     predicted, measured = [], []
     for _ in range(ROUNDS):
         document = calibrate_model(model, make_example(TRACED), graph, seconds=seconds, clock=clock)
@@ -180,38 +230,34 @@ def compare_model(name: str, seconds: float, clock: Clock) -> list[tuple[float, 
             ]
         )
         measured.append(measure_ms(model, make_example(BATCH), graph, list(sets), clock))
-    kept, foretold = [], []
-    for trains in sets:
-        kept.append(observe(model, make_example(BATCH), _names(graph, trains)).saved_bytes)
-        saved = graph.walk.sum_live(graph.walk.saved_bytes, graph.walk.nearest(trains))
-        foretold.append(saved * BATCH / TRACED)
     errors = []
-    middles = [map(statistics.median, zip(*r, strict=True)) for r in (predicted, measured)]
-    for label, ours, real, *pair in zip(labels, foretold, kept, *middles, strict=True):
-        errors.append((abs(pair[0] / pair[1] - 1), abs(ours / real - 1)))
+    columns = (predicted, measured, measured[::2], measured[1::2])
+    middles = [map(statistics.median, zip(*column, strict=True)) for column in columns]
+    for label, ours, real, even, odd in zip(labels, *middles, strict=True):
+        errors.append((ours / real - 1, even / odd - 1))
         print(
-            f"{name:8} {label:7} predicted {pair[0]:7.2f} ms  measured {pair[1]:7.2f} ms"
-            f"  {pair[0] / pair[1] - 1:+6.1%}   saved {real / 1e6:6.2f} MB {ours / real - 1:+6.1%}",
+            f"{name:8} {label:7} predicted {ours:7.2f} ms  measured {real:7.2f} ms"
+            f"  {errors[-1][0]:+6.1%}   one half of them by the other {errors[-1][1]:+6.1%}",
             flush=True,
         )
     return errors
 
 
-def main(names: list[str], seconds: float, clock: Clock) -> None:
-    warnings.simplefilter("ignore")
-    pairs = [pair for name in names or MODELS for pair in compare_model(name, seconds, clock)]
-    for what, errors in zip(("step times", "saved bytes"), zip(*pairs, strict=True), strict=True):
-        worst = sorted(errors)[min(len(errors) - 1, int(len(errors) * 0.9))]
+def sum_up(errors: list[tuple[float, ...]], *whats: str) -> None:
+    for what, signed in zip(whats, zip(*errors, strict=True), strict=True):
+        off = sorted(map(abs, signed))
+        worst = off[min(len(off) - 1, int(len(off) * 0.9))]
         print(
-            f"{len(errors)} {what}: {statistics.median(errors):.1%} off at the median, "
-            f"{worst:.1%} at the 90th percentile, {max(errors):.1%} at most"
+            f"{len(off)} {what}: {statistics.median(off):.1%} off at the median, "
+            f"{worst:.1%} at the 90th percentile, {off[-1]:.1%} at most"
         )
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("names", nargs="*", help=f"only these of {', '.join(MODELS)}")
-    parser.add_argument("--seconds", type=float, default=6.0, help="for each calibration")
+    parser.add_argument("--bytes", action="store_true", help="leave the times of steps out")
+    parser.add_argument("--seconds", type=float, default=3.0, help="for each calibration")
     parser.add_argument(
         "--cpu-time", action="store_true", help="one thread, its CPU time: for a busy machine"
     )
@@ -219,4 +265,9 @@ if __name__ == "__main__":
     if arguments.cpu_time:
         torch.set_num_threads(1)
     clock = time.thread_time if arguments.cpu_time else time.perf_counter
-    main(arguments.names, arguments.seconds, clock)
+    warnings.simplefilter("ignore")
+    names = arguments.names or list(MODELS)
+    sum_up([e for name in names for e in compare_bytes(name)], "saved bytes", "peaks")
+    if not arguments.bytes:
+        times = [e for name in names for e in compare_times(name, arguments.seconds, clock)]
+        sum_up(times, "step times", "step times by themselves")

@@ -135,7 +135,7 @@ def _cost_of(graph: ModelGraph, share: Share, assume: Assumption, at_once: bool)
 
 
 def _update_bytes(stepped: Sequence[int], optimizer: str, at_once: bool) -> int:
-    """What Adam's step makes for itself: its denominators, and on the way to one two more."""
+    """What Adam's step makes for itself: its denominators, each from a root that it divides."""
     if optimizer == "sgd":
         return 0
-    return sum(stepped) if at_once else 3 * max(stepped, default=0)
+    return sum(stepped) if at_once else 2 * max(stepped, default=0)

@@ -5,19 +5,17 @@ from __future__ import annotations
 import math
 import statistics
 import time
-import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from app.freezing.apply import Freeze, apply_config
 from app.freezing.config import MECHANISMS, FreezeConfig
+from app.freezing.held import measure_peak
 from app.freezing.proof import Proof
 
 Compute = Callable[[nn.Module, int], torch.Tensor]  # (model, step from 0) → loss
@@ -109,7 +107,9 @@ def compare_mechanisms(
     for mechanism, times in _time_steps(start, setting, steps).items():
         measured[mechanism]["step_ms"] = times
     for mechanism in MECHANISMS:
-        measured[mechanism]["peak_bytes"] = _measure_peak(start(mechanism, setting))
+        script = start(mechanism, setting)
+        peak = measure_peak(script.model, script.optimizer, script.take_step)
+        measured[mechanism]["peak_bytes"] = peak
     _compare_with_first(measured)
     varied = []
     for variant in variants:
@@ -184,6 +184,10 @@ class _Script:
         self.optimizer.step()
         self.taken += 1
         self.optimizer.zero_grad()
+
+    def take_step(self) -> None:
+        self.backward()
+        self.step()
 
     def train_everything(self) -> None:
         """What a script does to train everything from now on, with the same optimizer."""
@@ -381,59 +385,3 @@ def _time_steps(
 def _wait_for_device(model: nn.Module) -> None:
     if next(model.parameters()).device.type == "cuda":
         torch.cuda.synchronize()
-
-
-def _measure_peak(script: _Script) -> int:
-    """The most bytes that tensors held at once in the second step, weights included."""
-    script.backward()
-    script.step()
-    device = next(script.model.parameters()).device
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        script.backward()
-        script.step()
-        return torch.cuda.max_memory_allocated(device)
-    with _live_bytes(script) as live:
-        script.backward()
-        script.step()
-    return live.peak
-
-
-@contextmanager
-def _live_bytes(script: _Script) -> Iterator[_LiveBytes]:
-    live = _LiveBytes()
-    live.add(*script.model.parameters(), *script.model.buffers())
-    live.add(*(p.grad for p in script.model.parameters() if p.grad is not None))
-    live.add(*tree_leaves(list(script.optimizer.state.values())))
-    with live:
-        yield live
-
-
-class _LiveBytes(TorchDispatchMode):
-    """Counts the bytes of the storages that are alive, each once, from its making to its end."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.now = self.peak = 0
-        self._seen: set[int] = set()
-
-    def add(self, *values: Any) -> None:
-        for value in values:
-            if isinstance(value, torch.Tensor):
-                storage = value.untyped_storage()
-                if storage._cdata not in self._seen:
-                    self._seen.add(storage._cdata)
-                    self.now += storage.nbytes()
-                    weakref.finalize(storage, self._forget, storage._cdata, storage.nbytes())
-        self.peak = max(self.peak, self.now)
-
-    def _forget(self, key: int, size: int) -> None:
-        self._seen.discard(key)
-        self.now -= size
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
-        result = func(*args, **(kwargs or {}))
-        self.add(*tree_leaves(result))
-        return result

@@ -1,0 +1,73 @@
+"""Held: the most bytes that tensors hold at once while a step is taken. Knows no plan."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+
+def measure_peak(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    take_step: Callable[[], object],
+    given: Sequence[torch.Tensor] = (),
+) -> int:
+    """The most bytes held at once in the second of two steps.
+
+    Weights, buffers, gradients and the optimizer's state are among them. On a GPU it is what torch
+    allocated there; elsewhere what the results of operations hold, which leaves out what an
+    operation makes for itself alone.
+
+    Args:
+        take_step: one whole step; it takes two.
+        given: what else is held all the while, like a batch.
+    """
+    take_step()
+    device = next(model.parameters()).device
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        take_step()
+        return torch.cuda.max_memory_allocated(device)
+    held = _Held()
+    held.add(*model.parameters(), *model.buffers(), *given)
+    held.add(*(p.grad for p in model.parameters()))
+    held.add(*tree_leaves(list(optimizer.state.values())))
+    with held:
+        take_step()
+    return held.peak
+
+
+class _Held(TorchDispatchMode):
+    """Counts the bytes of the storages that are alive, each once, from its making to its end."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self._seen: set[int] = set()
+
+    def add(self, *values: Any) -> None:
+        for value in values:
+            if isinstance(value, torch.Tensor):
+                storage = value.untyped_storage()
+                if storage._cdata not in self._seen:
+                    self._seen.add(storage._cdata)
+                    self.now += storage.nbytes()
+                    weakref.finalize(storage, self._forget, storage._cdata, storage.nbytes())
+        self.peak = max(self.peak, self.now)
+
+    def _forget(self, key: int, size: int) -> None:
+        self._seen.discard(key)
+        self.now -= size
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        self.add(*tree_leaves(result))
+        return result

@@ -1,0 +1,272 @@
+"""What a step holds at most: foretold, and seen in a real one."""
+
+import itertools
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+from torch.utils._pytree import tree_leaves
+
+from app.freezing.assume import Assumption
+from app.freezing.config import parse_config
+from app.freezing.graph import ModelGraph
+from app.freezing.held import measure_peak
+from app.freezing.memory import Change, Memory, Timeline
+from app.freezing.plan import plan_config
+from app.freezing.trace import call_model, scalar_loss, trace_model
+from tests.zoo.library import build_library_model
+
+Build = Callable[[], tuple[nn.Module, Callable[[int], Any]]]
+
+
+def perceptron() -> tuple[nn.Module, Callable[[int], Any]]:
+    layers = [m for _ in range(6) for m in (nn.Linear(128, 128), nn.GELU())]
+    return nn.Sequential(*layers, nn.Linear(128, 3)), lambda rows: torch.randn(rows, 128)
+
+
+def convolutions() -> tuple[nn.Module, Callable[[int], Any]]:
+    first = nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16), nn.ReLU()
+    second = nn.Conv2d(16, 16, 3), nn.BatchNorm2d(16), nn.ReLU()
+    pooled = nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 4)
+    model = nn.Sequential(*first, *second, *pooled)
+    return model, lambda rows: torch.randn(rows, 3, 20, 20)
+
+
+def attention() -> tuple[nn.Module, Callable[[int], Any]]:
+    layer = nn.TransformerEncoderLayer(32, 4, 64, batch_first=True, dropout=0.1)
+    model = nn.TransformerEncoder(layer, 3, enable_nested_tensor=False)
+    return model, lambda rows: torch.randn(rows, 12, 32)
+
+
+class Checkpointed(nn.Module):
+    """Blocks of which nothing within is kept: backward runs them again."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(
+            nn.Sequential(nn.Linear(48, 96), nn.GELU(), nn.Linear(96, 48)) for _ in range(4)
+        )
+        self.head = nn.Linear(48, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for block in self.blocks:
+            x = torch.utils.checkpoint.checkpoint(block, x, use_reentrant=False)
+        return self.head(x)
+
+
+def checkpoints() -> tuple[nn.Module, Callable[[int], Any]]:
+    return Checkpointed(), lambda rows: torch.randn(rows, 48)
+
+
+MODELS: dict[str, Build] = {
+    build.__name__: build for build in (perceptron, convolutions, attention, checkpoints)
+}
+SETS: dict[str, Callable[[int, int], bool]] = {
+    "everything": lambda i, n: True,
+    "the end": lambda i, n: i >= n // 2,
+    "the beginning": lambda i, n: i < n // 3,
+    "the last alone": lambda i, n: i == n - 1,
+    "every third": lambda i, n: i % 3 == 0,
+}
+
+
+def choose(graph: ModelGraph, which: str) -> list[str]:
+    reached = [
+        p.name for p, is_so in zip(graph.parameters, graph.walk.is_reached, strict=True) if is_so
+    ]
+    return [name for i, name in enumerate(reached) if SETS[which](i, len(reached))]
+
+
+def foretell(graph: ModelGraph, trained: list[str], **assumed: Any) -> dict[str, Any]:
+    rules = [{"action": "freeze", "match": "**"}]
+    rules += [{"action": "unfreeze", "match": name} for name in trained]
+    return dict(plan_config(graph, parse_config({"rules": rules}), Assumption(**assumed)).cost)
+
+
+def see(model: nn.Module, example: Any, trained: list[str], optimizer: str = "sgd") -> int:
+    model.train()
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in trained)
+    moving = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    made: torch.optim.Optimizer
+    made = (
+        torch.optim.SGD(moving, lr=0.0, momentum=0.9)
+        if optimizer == "sgd"
+        else torch.optim.AdamW(moving, lr=0.0)
+    )
+
+    def take_step() -> None:
+        output = call_model(model, example)
+        scalar_loss(output, example, None).backward()
+        del output
+        made.step()
+        made.zero_grad()
+
+    return measure_peak(model, made, take_step, tree_leaves(example))
+
+
+@pytest.mark.parametrize("which", sorted(SETS))
+@pytest.mark.parametrize("rows", [2, 24])
+@pytest.mark.parametrize("name", sorted(MODELS))
+def test_the_peak_is_foretold_for_any_freeze_set_and_batch(
+    name: str, rows: int, which: str
+) -> None:
+    torch.manual_seed(0)
+    model, make_example = MODELS[name]()
+    graph = trace_model(model, make_example(2))
+    trained = choose(graph, which)
+    cost = foretell(graph, trained, batch_size=rows, optimizer="sgd")
+    assert cost["peak_bytes"] == pytest.approx(see(model, make_example(rows), trained), rel=0.03)
+
+
+@pytest.mark.parametrize("which", sorted(SETS))
+@pytest.mark.parametrize("name", ["bert", "llama", "t5", "vit", "resnet", "wav2vec2", "mixtral"])
+def test_the_peak_of_a_librarys_model_is_foretold(name: str, which: str) -> None:
+    torch.manual_seed(0)
+    model, example = build_library_model(name)
+    graph = trace_model(model, example)
+    trained = choose(graph, which)
+    peak = foretell(graph, trained, optimizer="sgd")["peak_bytes"]
+    assert peak == pytest.approx(see(model, example, trained), rel=0.05)
+
+
+def test_a_step_of_adam_may_hold_more_than_backward_did() -> None:
+    model, make_example = perceptron()
+    graph = trace_model(model, make_example(2))
+    trained = choose(graph, "everything")
+    cost = foretell(graph, trained, optimizer="adamw")
+    weights = sum(p.numel() for p in model.parameters()) * 4
+    by_sgd = foretell(graph, trained, optimizer="sgd")["peak_bytes"]
+    assert cost["peak_bytes"] > 4 * weights > by_sgd
+    seen = see(model, make_example(2), trained, "adamw")
+    assert cost["peak_bytes"] == pytest.approx(seen, rel=0.03)
+
+
+def test_on_a_gpu_adam_steps_all_tensors_at_once() -> None:
+    model, make_example = perceptron()
+    graph = trace_model(model, make_example(2))
+    config, assume = parse_config({}), Assumption(optimizer="adamw")
+    cpu, gpu = (
+        plan_config(graph, config, assume, devices).cost["peak_bytes"]
+        for devices in ({"cpu": 2**34}, {"cuda:0": 2**34})
+    )
+    weights = sum(p.numel() for p in model.parameters()) * 4
+    assert gpu >= 5 * weights
+    assert gpu - cpu == weights - 3 * 128 * 128 * 4
+
+
+def test_a_frozen_forward_holds_what_it_works_on() -> None:
+    """Of a model of which only the head trains, nothing is saved, and much is held in between."""
+    model, make_example = convolutions()
+    graph = trace_model(model, make_example(2))
+    cost = foretell(graph, choose(graph, "the last alone"))
+    working = 2 * 16 * 18 * 18 * 4  # the results of a convolution and of its norm
+    assert cost["activation_bytes"] < 1000
+    assert cost["peak_bytes"] - graph.resting_bytes > 2 * working
+
+
+def test_where_backward_cannot_be_seen_the_peak_is_not_known() -> None:
+    class Stubborn(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+            return x * 2
+
+        @staticmethod
+        def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
+            raise RuntimeError("not under fake tensors")
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(4, 4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return Stubborn.apply(self.layer(x))
+
+    graph = trace_model(Model(), torch.randn(2, 4))
+    assert graph.traced_by == "fake"
+    assert graph.memory is None
+    assert graph.trace_note == "memory: RuntimeError: not under fake tensors"
+    cost = plan_config(graph, parse_config({}), devices={"small": 100, "large": 10**9}).cost
+    assert cost["peak_bytes"] is None
+    assert cost["activation_bytes"] > 0
+    assert cost["fits"] == {"small": False}
+
+
+def test_looking_at_a_step_leaves_gradients_and_weights_as_they_were() -> None:
+    model, make_example = attention()
+    for parameter in itertools.islice(model.parameters(), 3):
+        parameter.grad = torch.ones_like(parameter)
+    before = {n: (p.clone(), p.grad) for n, p in model.named_parameters()}
+    assert trace_model(model, make_example(2)).memory is not None
+    for name, parameter in model.named_parameters():
+        weight, gradient = before[name]
+        assert torch.equal(parameter, weight)
+        assert parameter.grad is gradient
+
+
+def test_a_memory_is_read_back_from_json() -> None:
+    model, make_example = attention()
+    graph = trace_model(model, make_example(2))
+    document = json.loads(json.dumps(graph.to_document()))
+    assert ModelGraph.from_document(document) == graph
+    del document["memory"]  # as an older version wrote it
+    assert ModelGraph.from_document(document) == replace(graph, memory=None)
+
+
+# ------------------------------------------------------------------------- a naive second way
+
+changes = st.builds(
+    lambda on, scaled, net, more: Change(on, scaled, net, max(0, net) + more),
+    st.integers(-1, 3), st.booleans(), st.integers(-50, 100), st.integers(0, 60),
+)  # fmt: skip
+
+
+@given(
+    st.lists(changes.filter(lambda c: c.on < 0), max_size=8),
+    st.permutations(range(4)),
+    st.lists(st.tuples(st.integers(0, 3), st.lists(changes, max_size=4)), max_size=6),
+    st.lists(st.booleans(), min_size=3, max_size=3),
+    st.sampled_from([1.0, 0.5, 3.0]),
+)
+def test_a_timeline_is_what_going_through_it_event_by_event_gives(
+    held: list[Change],
+    storages: list[int],
+    ran: list[tuple[int, list[Change]]],
+    live: list[bool],
+    scale: float,
+) -> None:
+    forward = [*held, *(Change(s, s % 2 == 0, 10 * s + 5, 0) for s in storages)]
+    nodes = list(dict.fromkeys(node for node, _ in ran))
+    backward = tuple((node, tuple(dict(reversed(ran))[node])) for node in nodes)
+    wires, kept = [0, 1, 2, 0], {0: (0, 5), 1: (2, 15), 3: (1, 35)}  # 2 is kept by nobody
+    last = {node: [s for s in kept if s % 3 == node % 3] for node in nodes}
+    live = [*live, True]
+
+    def size(number: int, is_scaled: bool) -> int:
+        return round(number * scale) if is_scaled else number
+
+    now = most = 0
+    for change in forward:
+        most = max(most, now + size(change.high, change.is_scaled) * (change.on < 0))
+        if change.on < 0:
+            now += size(change.net, change.is_scaled)
+        elif change.on not in kept or not live[kept[change.on][0]]:
+            now -= size(change.net, change.is_scaled)
+        most = max(most, now)
+    for node, made in backward:
+        for change in made:
+            if live[wires[change.on] if change.on >= 0 else -1]:
+                most = max(most, now + size(change.high, change.is_scaled))
+                now += size(change.net, change.is_scaled)
+        for storage in last[node]:
+            if live[kept[storage][0]]:
+                now -= size(10 * storage + 5, storage % 2 == 0)
+    timeline = Timeline(Memory(tuple(forward), backward), wires, kept, last, scale)
+    assert timeline.peak_bytes(live) == max(0, most)
