@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 from app.freezing.config import FreezeConfig, Rule
 from app.freezing.graph import ModelGraph, Module, Node, Parameter
+from app.freezing.memory import Change, Memory
 from app.freezing.plan import plan_config
 from app.freezing.presets import tick_module
 from benchmarks.browser import add_model, ask, serve, write_model
@@ -22,6 +23,8 @@ def make_graph(blocks: int) -> ModelGraph:
     modules = [Module("", "Model", 0), Module("layers", "ModuleList", 1)]
     parameters: list[Parameter] = []
     nodes: list[Node] = []
+    forward: list[Change] = []
+    backward: list[tuple[int, tuple[Change, ...]]] = []
     previous = -1
     for block in range(blocks):
         prefix = f"layers.{block}"
@@ -39,8 +42,20 @@ def make_graph(blocks: int) -> ModelGraph:
             nodes.append(
                 Node("AddmmBackward0", path, edges, None, 100, (0, 100, 100), 0, False, saved)
             )
-            previous = len(nodes) - 1
-    return ModelGraph(tuple(modules), tuple(parameters), tuple(nodes), "fake", "", 100, 1)
+            here = len(nodes) - 1
+            forward += [Change(-1, True, 64, 128), Change(here, True, 64, 0)]
+            gradients = [Change(edge, edge == previous, 64, 64) for edge in edges]
+            backward.append((here, (*gradients, Change(here, True, -64, 0))))
+            previous = here
+    memory = Memory(tuple(forward), tuple(reversed(backward)))
+    return ModelGraph(
+        tuple(modules),
+        tuple(parameters),
+        nodes=tuple(nodes),
+        traced_by="fake",
+        forward_flops=100,
+        memory=memory,
+    )
 
 
 def median_ms(work: Callable[[], object], times: int = 9) -> float:

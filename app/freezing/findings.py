@@ -244,6 +244,12 @@ def _untraced(
             "Fake tensors did not do for this model, so one real batch was run to trace it. "
             + graph.trace_note,
         )
+    if graph.nodes and graph.memory is None:
+        yield Finding(
+            "peak_unknown",
+            "What a step holds at most could not be seen, so that peak memory and whether it fits "
+            f"are not known. {graph.trace_note or 'The model was traced by an older version.'}",
+        )
 
 
 _FINDERS = (

@@ -6,11 +6,13 @@ import pytest
 import torch
 
 from app.freezing.config import parse_config
+from app.freezing.trace import trace_model
 from app.sources.models import BuiltModel
 from app.training.checkpoint import checkpoint_path
 from app.training.loop import train
 from app.training.recipe import parse_recipe
 from tests.unit.models import make
+from tests.unit.peaks import choose, foretell, see
 from tests.unit.runs import Told, Wish, freeze, make_data
 
 pytestmark = [
@@ -58,3 +60,15 @@ def test_layer_measures_on_the_gpu_agree_with_the_cpu(tmp_path: Path) -> None:
     (stats,) = told.of("layers")
     assert stats["grad_norm"][0] is None
     assert all(value > 0 for value in stats["weight_norm"])
+
+
+@pytest.mark.parametrize("which", ["everything", "the end", "the last alone"])
+def test_the_peak_on_the_gpu_is_foretold(which: str) -> None:
+    torch.manual_seed(0)
+    layer = torch.nn.TransformerEncoderLayer(512, 8, 2048, batch_first=True, dropout=0.0)
+    model = torch.nn.TransformerEncoder(layer, 6, enable_nested_tensor=False)
+    graph = trace_model(model, torch.randn(2, 128, 512))
+    trained = choose(graph, which)
+    cost = foretell(graph, trained, {"cuda:0": 2**36}, batch_size=32)
+    seen = see(model.cuda(), torch.randn(32, 128, 512, device="cuda"), trained, "adamw")
+    assert cost["peak_bytes"] == pytest.approx(seen, rel=0.1)

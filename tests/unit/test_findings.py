@@ -58,6 +58,27 @@ def spectral() -> tuple[nn.Module, torch.Tensor]:
     return nn.Sequential(normed, nn.Linear(3, 2)), torch.randn(2, 3)
 
 
+class Twice(torch.autograd.Function):
+    """Its backward does not run where the trace runs it."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        return x * 2
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
+        raise RuntimeError("not on stand-ins")
+
+
+class Secretive(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(3, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return Twice.apply(self.layer(x))
+
+
 TOKENS = torch.zeros(2, 3, dtype=torch.long)
 ROW = torch.randn(2, 3)
 MAKERS: dict[str, Callable[[], tuple[nn.Module, torch.Tensor]]] = {
@@ -70,6 +91,7 @@ MAKERS: dict[str, Callable[[], tuple[nn.Module, torch.Tensor]]] = {
     "quantised": lambda: (nn.Sequential(Quantised()), ROW),
     "looks": lambda: (nn.Sequential(Looks(3, 2)), ROW),
     "stubborn": lambda: (nn.Sequential(Stubborn(3, 2)), ROW),
+    "secretive": lambda: (Secretive(), ROW),
 }
 
 # code: (model, config, names it is about), (model and config without it)
@@ -110,6 +132,7 @@ CASES: dict[str, tuple[tuple[str, dict[str, Any], set[str]], tuple[str, dict[str
     "not_floating": (("quantised", {}, {"0.codes"}), ("plain", {})),
     "untraced": (("stubborn", {}, set()), ("plain", {})),
     "traced_for_real": (("looks", {}, set()), ("plain", {})),
+    "peak_unknown": (("secretive", {}, set()), ("plain", {})),
 }
 
 

@@ -11,15 +11,15 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
-from torch.utils._pytree import tree_leaves
 
 from app.freezing.assume import Assumption
 from app.freezing.config import parse_config
 from app.freezing.graph import ModelGraph
-from app.freezing.held import measure_peak
 from app.freezing.memory import Change, Memory, Timeline
 from app.freezing.plan import plan_config
-from app.freezing.trace import call_model, scalar_loss, trace_model
+from app.freezing.trace import trace_model
+from tests.unit.peaks import SETS, choose, foretell, see
+from tests.unit.test_findings import Secretive
 from tests.zoo.library import build_library_model
 
 Build = Callable[[], tuple[nn.Module, Callable[[int], Any]]]
@@ -67,48 +67,6 @@ def checkpoints() -> tuple[nn.Module, Callable[[int], Any]]:
 MODELS: dict[str, Build] = {
     build.__name__: build for build in (perceptron, convolutions, attention, checkpoints)
 }
-SETS: dict[str, Callable[[int, int], bool]] = {
-    "everything": lambda i, n: True,
-    "the end": lambda i, n: i >= n // 2,
-    "the beginning": lambda i, n: i < n // 3,
-    "the last alone": lambda i, n: i == n - 1,
-    "every third": lambda i, n: i % 3 == 0,
-}
-
-
-def choose(graph: ModelGraph, which: str) -> list[str]:
-    reached = [
-        p.name for p, is_so in zip(graph.parameters, graph.walk.is_reached, strict=True) if is_so
-    ]
-    return [name for i, name in enumerate(reached) if SETS[which](i, len(reached))]
-
-
-def foretell(graph: ModelGraph, trained: list[str], **assumed: Any) -> dict[str, Any]:
-    rules = [{"action": "freeze", "match": "**"}]
-    rules += [{"action": "unfreeze", "match": name} for name in trained]
-    return dict(plan_config(graph, parse_config({"rules": rules}), Assumption(**assumed)).cost)
-
-
-def see(model: nn.Module, example: Any, trained: list[str], optimizer: str = "sgd") -> int:
-    model.train()
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(name in trained)
-    moving = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    made: torch.optim.Optimizer
-    made = (
-        torch.optim.SGD(moving, lr=0.0, momentum=0.9)
-        if optimizer == "sgd"
-        else torch.optim.AdamW(moving, lr=0.0)
-    )
-
-    def take_step() -> None:
-        output = call_model(model, example)
-        scalar_loss(output, example, None).backward()
-        del output
-        made.step()
-        made.zero_grad()
-
-    return measure_peak(model, made, take_step, tree_leaves(example))
 
 
 @pytest.mark.parametrize("which", sorted(SETS))
@@ -157,8 +115,8 @@ def test_on_a_gpu_adam_steps_all_tensors_at_once() -> None:
         for devices in ({"cpu": 2**34}, {"cuda:0": 2**34})
     )
     weights = sum(p.numel() for p in model.parameters()) * 4
-    assert gpu >= 5 * weights
-    assert gpu - cpu == weights - 3 * 128 * 128 * 4
+    assert cpu < 4.6 * weights
+    assert 5 * weights <= gpu < 5.1 * weights
 
 
 def test_a_frozen_forward_holds_what_it_works_on() -> None:
@@ -172,28 +130,11 @@ def test_a_frozen_forward_holds_what_it_works_on() -> None:
 
 
 def test_where_backward_cannot_be_seen_the_peak_is_not_known() -> None:
-    class Stubborn(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
-            return x * 2
-
-        @staticmethod
-        def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
-            raise RuntimeError("not under fake tensors")
-
-    class Model(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.layer = nn.Linear(4, 4)
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return Stubborn.apply(self.layer(x))
-
-    graph = trace_model(Model(), torch.randn(2, 4))
+    graph = trace_model(Secretive(), torch.randn(2, 3))
     assert graph.traced_by == "fake"
     assert graph.memory is None
-    assert graph.trace_note == "memory: RuntimeError: not under fake tensors"
-    cost = plan_config(graph, parse_config({}), devices={"small": 100, "large": 10**9}).cost
+    assert graph.trace_note == "memory: RuntimeError: not on stand-ins"
+    cost = plan_config(graph, parse_config({}), devices={"small": 10, "large": 10**9}).cost
     assert cost["peak_bytes"] is None
     assert cost["activation_bytes"] > 0
     assert cost["fits"] == {"small": False}
