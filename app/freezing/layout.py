@@ -23,8 +23,8 @@ class Layout:
         tensors: on one device, in the order in which their norms are told.
 
     Attributes:
-        seen: the numbers as they were last gathered; the rest of each tensor's last block is zero.
-        change: by how much they differ from what `keep` kept.
+        seen: the numbers as `compare` saw them last; the rest of each tensor's last block is zero.
+        change: by how much they differed from what `keep` kept.
         stands_for: for each tensor, how many of its numbers each one that is looked at stands for.
         large: which tensors are sampled.
         tensor_of_block: whose numbers each block of a room has.
@@ -41,27 +41,23 @@ class Layout:
         )
         self.seen, self.change = self._rooms
         self._starts = [BLOCK * start for start in np.cumsum([0, *blocks])]
-        self._parts = self.split(self.seen)
+        self._parts, self._kept = self.split(self.seen), self.split(self.change)
         self.stands_for = np.array(
             [count_numbers(t) / max(1, n) for t, n in zip(tensors, lengths, strict=True)]
         )
         self.large = [part for part, tensor in enumerate(tensors) if is_large(tensor)]
 
-    def gather(self) -> None:
-        """Look: bring what the tensors hold now into `seen`."""
-        torch._foreach_copy_(self._parts, self._views)
-
     def keep(self) -> None:
-        """Keep what was seen, for `compare`."""
-        self.change.copy_(self.seen)
+        """Keep what the tensors hold now, for `compare`."""
+        torch._foreach_copy_(self._kept, self._views)
 
     def compare(self) -> torch.Tensor:
-        """Look again: how what is there differs from what was kept.
+        """See what they hold now, and how it differs from what was kept.
 
         Returns:
             Norms of the blocks of `seen`, then of `change`, on the device.
         """
-        self.gather()
+        torch._foreach_copy_(self._parts, self._views)
         torch.sub(self.seen, self.change, out=self.change)
         return torch.linalg.vector_norm(self._rooms.view(-1, BLOCK), dim=1)
 

@@ -107,9 +107,6 @@ class LayerMeasure:
         self._active_index = self._counted_index = self._index(())
         self._layout: Layout | None = None
         self._places: list[int] = []
-        self._reads = 0
-        self._seen_at: tuple[int, list[int]] | None = None
-        self._is_trusted, self._was_compared = True, False
 
     @property
     def estimated(self) -> list[bool]:
@@ -126,7 +123,6 @@ class LayerMeasure:
             The total norm over what is not frozen, a float64 scalar on the device.
         """
         self._frozen = frozen
-        self._reads += 1
         gradients = [parameter.grad for parameter in self._parameters]
         active = [i for i, gradient in enumerate(gradients) if gradient is not None]
         counted = [i for i in active if not frozen[self._names[i]]]
@@ -158,7 +154,6 @@ class LayerMeasure:
         passes, rest = divmod(turn - 1, EXACT_EVERY)
         self._inspects = rest == 0
         layout = self._lay_out()
-        self._look(layout)
         layout.keep()
         if self._inspects:
             self._gradients = layout.fill(self._gradient_like(i) for i in self._active)
@@ -180,7 +175,6 @@ class LayerMeasure:
         layout, ledger = self._layout, self._ledger
         assert layout is not None
         blocks = layout.compare()
-        self._seen_at = (self._reads, self._versions())
         large = self._norms([self._parameters[self._active[part]] for part in layout.large])
         values = [self._grad_norms, large, blocks]
         if self._copies:
@@ -237,7 +231,6 @@ class LayerMeasure:
         places = [tensor.data_ptr() for tensor in tensors]
         if self._layout is None or places != self._places:
             self._layout, self._places = Layout(tensors, self._device), places
-            self._seen_at = None
             self._ledger = self._open_ledger(self._layout)
         return self._layout
 
@@ -252,23 +245,6 @@ class LayerMeasure:
         norms = _send_home(self._norms([parameter for _, parameter in resting]))
         at_rest = [row for row, _ in resting], norms
         return open_ledger(layout, list(owners.values()), len(self.layers), at_rest)
-
-    def _look(self, layout: Layout) -> None:
-        """Gather what is there before the step, unless it is what the last step left.
-
-        Autograd counts who writes. Who writes behind its back is found by comparing, the first time
-        and in every exact pass; from then on nothing is taken for granted.
-        """
-        is_known = self._is_trusted and self._seen_at == (self._reads - 1, self._versions())
-        if is_known and self._was_compared and not self._inspects:
-            return
-        left = layout.seen.clone() if is_known else None
-        layout.gather()
-        if left is not None:
-            self._was_compared, self._is_trusted = True, torch.equal(left, layout.seen)
-
-    def _versions(self) -> list[int]:
-        return [self._parameters[i]._version for i in self._active]
 
     def _gradient_like(self, index: int) -> torch.Tensor:
         """A parameter's gradient, in memory in the order of the parameter."""
@@ -318,12 +294,13 @@ class LayerMeasure:
         """L2 norms of tensors, in float32 where none is wider; in float64 else."""
         if tensors and self._narrow and not any(t.is_sparse for t in tensors):
             return torch.stack(torch._foreach_norm(tensors, 2, dtype=torch.float32))
-        values = torch.zeros(len(tensors), dtype=torch.float64, device=self._device)
+        values = torch.zeros(len(tensors), dtype=self._grad_peak.dtype, device=self._device)
         for width in (torch.float32, torch.float64):
             chosen = [i for i, t in enumerate(tensors) if width_of(t) == width]
             if chosen:
                 plain = [as_real(tensors[i]) for i in chosen]
-                values[chosen] = torch.stack(torch._foreach_norm(plain, 2, dtype=width)).double()
+                norms = torch.stack(torch._foreach_norm(plain, 2, dtype=width))
+                values[chosen] = norms.to(values.dtype)
         return values
 
 

@@ -202,6 +202,17 @@ def test_sparse_gradients_are_looked_at_like_others() -> None:
     assert measure.inspection.lost == [0.0]
 
 
+def test_a_sparse_gradient_beside_a_frozen_layer_is_measured() -> None:
+    model = nn.Sequential(nn.Embedding(50, 8, sparse=True), nn.Linear(8, 2))
+    applied = apply_config(model, parse_config(freeze("1")))
+    measure = LayerMeasure(applied.graph, applied.parameters)
+    assert measure.read_gradients(applied.frozen).item() == 0.0
+    model(torch.arange(20)).square().sum().backward()
+    gradient = model[0].weight.grad.to_dense()
+    stats = measure_step(measure, applied, lambda: None)
+    assert stats.grad_norm == [pytest.approx(gradient.norm().item(), rel=1e-5), None]
+
+
 def test_norms_are_wide_whatever_the_weights_are_in() -> None:
     model = torch.nn.Linear(301, 300, bias=False).to(torch.bfloat16)
     applied = apply_config(model, parse_config({}))
@@ -322,9 +333,10 @@ def test_what_a_forward_writes_is_no_part_of_the_update(
     applied = apply_config(model, parse_config({}))
     measure = LayerMeasure(applied.graph, applied.parameters, is_exact=True)
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
-    for step in range(1, 5):
+    for step in range(1, 9):
         for parameter in model.parameters():
-            write(parameter)
+            if step in (3, 4, 7):  # now and then, as weights are clipped
+                write(parameter)
         optimizer.zero_grad()
         model(example).float().square().mean().backward()
         before = {n: p.detach().clone() for n, p in _named(model)}
