@@ -64,13 +64,14 @@ export function startWorkbench(form) {
     if (!answer().querySelector("[data-tracing]")) return;
     look = setTimeout(isTraced, TRACING_MS);
   }
+  const isFilling = () => document.activeElement?.matches(".phases li :is(input, select)");
   async function isTraced() {
     // Of the address, not of the form: what somebody is filling in is neither sent nor replaced.
     const body = new URLSearchParams(answer().dataset.address);
     try {
       const text = await (await send(`${home}/plan`, { method: "POST", body })).text();
-      const filling = document.activeElement?.matches(".phases li :is(input, select)");
-      if (filling || text.includes("data-tracing")) lookAgain();
+      if (text.includes("data-tracing")) lookAgain();
+      else if (isFilling()) form.addEventListener("focusout", () => setTimeout(lookAgain), { once: true });
       else ask({ add_text: "" }, { remember: false });
     } catch (error) {
       complain(error);

@@ -45,12 +45,14 @@ def read_memory(
     Raises:
         NotSeen: this step made another graph.
 
-    Side effects: parameters have the gradients that they had, and no others.
+    Side effects: none; parameters have the gradients that they had, and no others.
     """
     watch, nodes = _Watch(resting), read.nodes
-    gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
-    for parameter, _ in gradients:
+    own = [(p, p.grad, dict(p._post_accumulate_grad_hooks or ())) for p in model.parameters()]
+    for parameter, _, hooks in own:
         parameter.grad = None
+        if hooks:  # an optimizer in backward would step
+            parameter._post_accumulate_grad_hooks.clear()
     try:
         with watch, torch.autograd.graph.saved_tensors_hooks(watch.pack, watch.unpack):
             for tensor in given:
@@ -63,6 +65,8 @@ def read_memory(
             for function, index in zip(functions, read.order, strict=True):
                 if index < 0:
                     continue
+                if function.name() != nodes[index].name:
+                    raise NotSeen("A second forward makes another graph.")
                 if nodes[index].saved:
                     kept = [tensor for _, tensor in kept_tensors(function, resting)]
                     storages |= watch.find_saved(kept, nodes[index])
@@ -78,8 +82,10 @@ def read_memory(
         del held
         return watch.tell(nodes, storages, ends)
     finally:
-        for parameter, gradient in gradients:
+        for parameter, gradient, hooks in own:
             parameter.grad = gradient
+            if hooks:
+                parameter._post_accumulate_grad_hooks.update(hooks)
 
 
 class _Saved:
@@ -89,6 +95,9 @@ class _Saved:
         self.like = tensor.shape, tensor.stride(), tensor.dtype, tensor.device
         self.number = number
         self.stand_in: torch.Tensor | None = None
+        # Whole numbers are looked at: places, truths, pivots.
+        is_whole = not (tensor.is_floating_point() or tensor.is_complex())
+        self.values = tensor.detach().clone() if is_whole else None
 
 
 class _Watch(TorchDispatchMode):
@@ -150,7 +159,10 @@ class _Watch(TorchDispatchMode):
 
     def pack(self, tensor: torch.Tensor) -> Any:
         number = self._alive.get(storage_key(tensor)) if _is_plain(tensor) else None
-        return tensor if number is None else _Saved(tensor, number)
+        if number is None:
+            return tensor
+        with self._paused():
+            return _Saved(tensor, number)
 
     def unpack(self, saved: Any) -> torch.Tensor:
         if not isinstance(saved, _Saved):
@@ -160,12 +172,18 @@ class _Watch(TorchDispatchMode):
             with self._paused(), torch.no_grad():
                 saved.stand_in = torch.empty_strided(shape, stride, dtype=dtype, device=device)
                 saved.stand_in.zero_()
+                if saved.values is not None:
+                    saved.stand_in.copy_(saved.values)
             storage = saved.stand_in.untyped_storage()
             key = storage._cdata
             self._ignored.add(key)
             self._stand_ins[key] = saved.number
-            weakref.finalize(storage, self._ignored.discard, key).atexit = False
+            weakref.finalize(storage, self._forget_stand_in, key).atexit = False
         return saved.stand_in
+
+    def _forget_stand_in(self, key: int) -> None:
+        self._ignored.discard(key)
+        del self._stand_ins[key]
 
     @contextlib.contextmanager
     def _paused(self) -> Iterator[None]:

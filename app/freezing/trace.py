@@ -64,8 +64,7 @@ def trace_model(
             if how == "real" and _fake_mode(model):
                 break  # there are no weights to compute with
             try:
-                with undisturbed(model, with_values=how == "real"):
-                    traced = _trace(graph, model, example, loss, fake=how == "fake")
+                traced = _trace(graph, model, example, loss, fake=how == "fake")
             except Exception as error:  # whatever a user's forward raises under this way of tracing
                 notes.append(f"{how}: {_in_short(error)}")
             else:
@@ -202,7 +201,7 @@ def _trace(
     mode: Any = contextlib.nullcontext()
     if fake:
         mode = _fake_mode(model) or FakeTensorMode(allow_non_fake_inputs=True)
-    with mode, torch.enable_grad(), known_values(mode):
+    with _one_pass(model, mode):
         resting: list[torch.Tensor] = [*model.parameters(), *model.buffers()]
         if isinstance(mode, FakeTensorMode):
             example = tree_map_only(torch.Tensor, partial(enter_known, mode), example)
@@ -220,7 +219,7 @@ def _trace(
             places = {storage_key(t) for t in resting if t.layout is torch.strided}
             read = read_nodes(names, value, spans, recorder, attentions.found, places)
         del output, value, recorder, attentions
-        torch.manual_seed(0)
+    with _one_pass(model, mode):
         memory, note = _see_memory(model, example, loss, read, places)
     return replace(
         bare,
@@ -230,6 +229,14 @@ def _trace(
         memory=memory,
         trace_note=note,
     )
+
+
+@contextlib.contextmanager
+def _one_pass(model: nn.Module, mode: Any) -> Iterator[None]:
+    """Whatever a forward or backward changes is as it was for the next."""
+    is_fake = isinstance(mode, FakeTensorMode)
+    with undisturbed(model, with_values=not is_fake), mode, torch.enable_grad(), known_values(mode):
+        yield
 
 
 def _see_memory(

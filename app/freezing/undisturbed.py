@@ -21,9 +21,11 @@ def undisturbed(model: nn.Module, *, with_values: bool) -> Iterator[None]:
     """Everything trainable, in train mode, nothing dropped; all as it was afterwards.
 
     Args:
-        with_values: put parameters' values back too. Under fake tensors nothing writes them.
+        with_values: put parameters' values back too. Under fake tensors operations that record a
+            gradient write none; where `data` was replaced by a fake one it is put back anyway.
     """
     flags = [(p, p.requires_grad, p.grad) for p in model.parameters()]
+    places = [(p, p.data) for p in model.parameters()]
     modes = [(module, module.training) for module in model.modules()]
     attributes = _hold_attributes(model)
     dropped = [(m, name) for m in model.modules() for name in _depth_attributes(m)]
@@ -41,6 +43,9 @@ def undisturbed(model: nn.Module, *, with_values: bool) -> Iterator[None]:
         finally:
             for put_back in attributes:
                 put_back()
+            for parameter, data in places:
+                if not _is_same(parameter.data, data):
+                    parameter.data = data
             for parameter, flag, gradient in flags:
                 parameter.requires_grad_(flag)
                 parameter.grad = gradient
@@ -49,6 +54,12 @@ def undisturbed(model: nn.Module, *, with_values: bool) -> Iterator[None]:
             with torch.no_grad():
                 for tensor, before in values:
                     tensor.copy_(before)
+
+
+def _is_same(tensor: torch.Tensor, other: torch.Tensor) -> bool:
+    if tensor.layout is not torch.strided or type(tensor) is not type(other):
+        return type(tensor) is type(other)
+    return tensor.untyped_storage()._cdata == other.untyped_storage()._cdata
 
 
 def _depth_attributes(module: nn.Module) -> list[str]:

@@ -93,9 +93,10 @@ class KeeperProcess:
 
     def _import_preloaded(self) -> None:
         """What fails here fails again, and is told, in the worker."""
-        if sys.platform == "linux":  # elsewhere it would be the priority of the whole process
-            os.setpriority(os.PRIO_PROCESS, 0, PRELOAD_NICE)
         try:
+            if sys.platform == "linux":  # elsewhere it would be the priority of the whole process
+                mine = os.getpriority(os.PRIO_PROCESS, 0)
+                os.setpriority(os.PRIO_PROCESS, 0, max(mine, PRELOAD_NICE))
             for name in PRELOADED:
                 importlib.import_module(name)
             self._preloaded = True

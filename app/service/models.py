@@ -72,8 +72,8 @@ class Models(Ground):
                     jobs=used,
                 )
             task = catalog.task_of_model(session, model_id)
-            if task is not None:
-                catalog.stop_task(session, task)
+            for waiting in catalog.tasks_of_model(session, model_id):
+                catalog.stop_task(session, waiting)
             catalog.delete_model(session, model)
             return task
 

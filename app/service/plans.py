@@ -84,8 +84,11 @@ class Plans(Models):
         newest = next((task for task in tasks if task.spec.get("sizes") == sizes), None)
         if newest is not None and newest.state in LIVE_TASKS:
             return BEING_TRACED
-        if newest is not None and newest.state != "succeeded" and _has_just_ended(newest):
-            return _describe_end(newest)
+        if newest is not None and _has_just_ended(newest):
+            if newest.state != "succeeded":
+                return _describe_end(newest)
+            if at is not None:  # as new as can be, whatever clocks say
+                return at
         return self._begin_trace(model_id, sizes)
 
     def _begin_trace(self, model_id: int, sizes: Sizes) -> str:

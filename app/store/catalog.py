@@ -36,9 +36,11 @@ def task_of_model(session: Session, model_id: int) -> Task | None:
     return session.exec(query).first()
 
 
-def tasks_of_model(session: Session, model_id: int, kind: str) -> Sequence[Task]:
-    """A model's tasks of a kind, newest first."""
-    query = select(Task).where(Task.model_id == model_id, Task.kind == kind)
+def tasks_of_model(session: Session, model_id: int, kind: str | None = None) -> Sequence[Task]:
+    """A model's tasks, of one kind or of all, newest first."""
+    query = select(Task).where(Task.model_id == model_id)
+    if kind is not None:
+        query = query.where(Task.kind == kind)
     return session.exec(query.order_by(col(Task.id).desc())).all()
 
 

@@ -108,10 +108,12 @@ def read_matrix(
     if span is None:
         return [], [[] for _ in positions]
     pieces, buckets, sizes = _find_buckets(connection, job_id, positions[0], span, points)
-    if reduce == "last" and span.count > points:
-        pieces, sizes = [Piece(0, step, step + 1) for step in buckets], [1] * len(buckets)
     of_rows, of_blocks = STATS[stat]["last"], STATS[stat][reduce]
-    parts = [_read(connection, job_id, positions, one, of_rows, of_blocks) for one in pieces]
+    if reduce == "last" and span.count > points:
+        sizes = [1] * len(buckets)
+        parts = [_read_steps(connection, job_id, positions, buckets, of_rows)]
+    else:
+        parts = [_read(connection, job_id, positions, one, of_rows, of_blocks) for one in pieces]
     counts = [len(found) // len(positions) for found in parts]
     if sum(counts) != sum(sizes):
         raise ValueError(f"A record of job {job_id} lacks some of its layers.")
@@ -166,6 +168,17 @@ def _read(
     # By the driver's own cursor: of a hundred thousand rows SQLAlchemy would look at each.
     cursor = connection.exec_driver_sql(query, (json.dumps([*positions]),)).cursor
     return list(cursor.fetchall())
+
+
+def _read_steps(
+    connection: Connection, job_id: int, positions: Sequence[int], steps: Sequence[int], column: str
+) -> list[Any]:
+    """A column of the rows of some steps, layer by layer in their order."""
+    query = f"""SELECT {column} FROM layer_stat WHERE job_id = {job_id:d}
+        AND position IN (SELECT value FROM json_each(?))
+        AND step IN (SELECT value FROM json_each(?)) ORDER BY position, step"""
+    given = json.dumps([*positions]), json.dumps([*steps])
+    return list(connection.exec_driver_sql(query, given).cursor.fetchall())
 
 
 def _reduce(row: list[Any], bounds: Sequence[tuple[int, int]], reduce: str) -> list[Any]:

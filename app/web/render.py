@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Mapping
 from contextlib import suppress
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+import jinja2
 from fastapi import Request
 from fastapi.responses import HTMLResponse, RedirectResponse
 from jinja2 import (
@@ -66,13 +68,16 @@ VERDICTS: Mapping[str, tuple[str, str]] = {
 
 
 class KeptTemplates(FileSystemBytecodeCache):
-    """Compiled templates in a folder, as Python keeps its own, of each version apart.
+    """Compiled templates in a folder, as Python keeps its own.
+
+    Those of another version of Frostline or Jinja, or of other options of this file, are apart.
 
     The first page after a start comes a tenth of a second sooner.
     """
 
     def __init__(self, folder: Path) -> None:
-        super().__init__(str(folder), f"{__version__}-%s.jinja")
+        ours = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:12]
+        super().__init__(str(folder), f"{__version__}-{jinja2.__version__}-{ours}-%s.jinja")
 
     def dump_bytecode(self, bucket: Bucket) -> None:
         with suppress(OSError):  # no room, or not ours to write to: compiled again at every start

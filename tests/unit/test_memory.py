@@ -152,6 +152,90 @@ def test_looking_at_a_step_leaves_gradients_and_weights_as_they_were() -> None:
         assert parameter.grad is gradient
 
 
+class Picks(nn.Module):
+    """Keeps what is positive: how many that are only values tell."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(6, 6)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.layer(x)
+        return y[y > 0].sum()
+
+
+def test_the_peak_of_a_model_that_looks_at_values_is_foretold() -> None:
+    torch.manual_seed(0)
+    model, x = Picks(), torch.randn(4, 6)
+    graph = trace_model(model, x)
+    assert graph.traced_by == "real"
+    trained = choose(graph, "everything")
+    peak = foretell(graph, trained, optimizer="sgd")["peak_bytes"]
+    assert peak == pytest.approx(see(model, x, trained), rel=0.05)
+
+
+class Counts(nn.Module):
+    """Does something else at every call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+        self.calls = 0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.calls += 1
+        for _ in range(self.calls):
+            x = self.layer(x).relu()
+        return x
+
+
+def test_the_second_step_of_a_trace_begins_where_the_first_did() -> None:
+    model = Counts()
+    graph = trace_model(model, torch.randn(2, 4))
+    assert graph.memory is not None
+    assert [node.name for node in graph.nodes].count("ReluBackward0") == 1
+    assert model.calls == 0
+
+
+def test_an_optimizer_in_backward_takes_no_step_in_a_trace() -> None:
+    model, make_example = attention()
+    weights = [p.clone() for p in model.parameters()]
+    stepped = []
+
+    def step(parameter: torch.Tensor) -> None:
+        stepped.append(parameter)
+        with torch.no_grad():
+            parameter.mul_(0.5)
+
+    for parameter in model.parameters():
+        parameter.register_post_accumulate_grad_hook(step)
+    assert trace_model(model, make_example(2)).memory is not None
+    assert not stepped
+    assert all(map(torch.equal, model.parameters(), weights))
+    model(make_example(2)).sum().backward()
+    assert len(stepped) == len(weights)
+
+
+def test_a_recurrent_layers_workspace_is_foretold_from_few_steps() -> None:
+    model = nn.LSTM(12, 20, batch_first=True)
+    few, many = (
+        sum(
+            size
+            for node in trace_model(model, torch.randn(2, steps, 12)).nodes
+            for _, size, _ in node.saved
+        )
+        for steps in (512, 2048)
+    )
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: seen.append(t) or t, lambda t: t):
+        seen: list[torch.Tensor] = []
+        model(torch.randn(2, 2048, 12))
+    own = {p.untyped_storage()._cdata for p in model.parameters()}
+    kept = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in seen}
+    real = sum(size for key, size in kept.items() if key not in own)
+    assert many == pytest.approx(real, rel=0.05)
+    assert many == pytest.approx(4 * few, rel=0.05)
+
+
 def test_a_memory_is_read_back_from_json() -> None:
     model, make_example = attention()
     graph = trace_model(model, make_example(2))

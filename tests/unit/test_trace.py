@@ -113,3 +113,19 @@ def test_an_error_in_a_forward_leaves_nothing_patched() -> None:
     graph = trace_model(Failing(), torch.randn(3, 6))
     assert graph.traced_by == "none"
     assert (hooks.__enter__, hooks.__exit__) == before
+
+
+class Renormed(nn.Linear):
+    """Holds its weight's rows below a norm, as some networks for signals do."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.weight.data = torch.renorm(self.weight.data, 2, 0, 0.5)
+        return super().forward(x)
+
+
+def test_a_weight_whose_data_a_forward_replaces_is_put_back() -> None:
+    model = Renormed(4, 3)
+    weight = model.weight.detach().clone()
+    assert trace_model(model, torch.randn(2, 4)).traced_by == "fake"
+    assert torch.equal(model.weight, weight)
+    assert type(model(torch.randn(2, 4))) is torch.Tensor
