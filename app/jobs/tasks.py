@@ -173,7 +173,7 @@ class Tasks:
         draft = path.with_name(f".{path.name}")
         job_folder.write_document(draft, document)
 
-        def keep(session: Session) -> None:
+        def keep_sized(session: Session) -> None:
             row, model = session.get_one(Task, task.id), session.get(Model, task.model_id)
             if model is None:
                 draft.unlink()
@@ -187,7 +187,7 @@ class Tasks:
                     old.unlink(missing_ok=True)
                 catalog.end_task(session, row, "succeeded")
 
-        self._db.write(keep)
+        self._db.write(keep_sized)
         files.remove_folder(self._folder(task))
 
     def _folder(self, task: Task) -> Path:

@@ -133,7 +133,7 @@ class Asks(nn.Module):
         self.register_buffer("steps", torch.tensor(3))
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        x = self.embed(ids)
+        x = self.embed(ids.clone())  # which keeps them for backward
         counts = torch.empty(2, dtype=torch.int64)
         counts[0], counts[1] = ids.shape
         mask = torch.ones_like(ids)

@@ -11,6 +11,8 @@ from typing import Any
 
 from app.jobs import folder as job_folder
 from app.jobs.spool import SpoolWriter, read_spool
+from app.store import catalog, files
+from app.store.tables import Task
 from app.training.places import checkpoint_steps
 from tests.worker import scripted
 from tests.worker.crash_points import Point, scan
@@ -19,6 +21,7 @@ from tests.worker.silly_house import GRAPH, House, SillyKeeper
 
 STEPS = 6
 SOME = 8
+INSPECTED, SIZES = 2, {"sequence_length": 9}  # the model of which a trace is made
 ROOT = Path(__file__).resolve().parents[2]
 # Reached by neither scenario: each is on the way of an error, or has its own test.
 ELSEWHERE = {
@@ -41,6 +44,7 @@ ELSEWHERE = {
     "runner._restart_what_is_due:": "the kill loop",
     "tasks._keep:": "tasks that fail, and previews; tests/worker/test_runner.py",
     "tasks._keep_traced:": "one document, written whole; tests/contract/test_own_data.py",
+    "tasks.keep_sized:unlink": "a deleted model, the oldest of many; tests/contract/test_sizes.py",
     "tasks.attend:": "tasks that fail or are stopped; tests/worker/test_runner.py",
     "tasks.start:write:2": "a start that fails; tests/worker/test_runner.py",
     "folder.write_exit:write_document": "the keeper's; tests/worker/test_warm.py",
@@ -77,8 +81,12 @@ class ActingKeeper(SillyKeeper):
         directory = folder / "attempts" / str(attempt)
         with contextlib.suppress(job_folder.AttemptTaken):
             lock = job_folder.hold_lock(directory)
-            if job_folder.read_spec(folder)["kind"] == "inspect":
+            kind = job_folder.read_spec(folder)["kind"]
+            if kind == "inspect":
                 job_folder.write_document(directory / "graph.json", GRAPH.to_document())
+            elif kind == "trace":
+                found = {"fingerprint": GRAPH.fingerprint, "graph": None, "refused": SIZES}
+                job_folder.write_document(directory / "graph.json", found)
             else:
                 self.train(directory, attempt)
             job_folder.write_result(directory, "succeeded", STEPS)
@@ -99,7 +107,7 @@ class ActingKeeper(SillyKeeper):
 
 
 def play_server(data_dir: Path) -> None:
-    """Bring one inspection and one job to their ends, wherever a server before was cut off."""
+    """Bring an inspection, a trace and a job to their ends, wherever a server was cut off."""
     house = House(data_dir, min_free_bytes=0)
     house.keeper = ActingKeeper()
     if len(house.service.list_models()) < 2:
@@ -109,12 +117,23 @@ def play_server(data_dir: Path) -> None:
     for _ in range(400):
         house.tick(1.0)
         models, found = house.service.list_models(), house.service.list_jobs()
-        if all(one["state"] in ("ready", "succeeded") for one in (*models, *found)):
+        traces = find_traces(house)
+        if models[0]["state"] == "ready" and not traces:
+            spec = {"kind": "trace", "model": {"uri": "demo:three-layers"}, "sizes": SIZES}
+            task = Task(kind="trace", model_id=INSPECTED, spec=spec)
+            house.db.write(lambda session, task=task: session.add(task))
+        ended = [one["state"] in ("ready", "succeeded") for one in (*models, *found)]
+        if all(ended) and traces == ["succeeded"]:
             break
     else:
-        raise AssertionError(f"{models} {found}")
+        raise AssertionError(f"{models} {found} {traces}")
     house.tick()
     house.db.close()
+
+
+def find_traces(house: House) -> list[str]:
+    with house.db.read() as session:
+        return [task.state for task in catalog.tasks_of_model(session, INSPECTED, "trace")]
 
 
 def make_lived_in(data_dir: Path) -> None:
@@ -148,7 +167,10 @@ SERVER_STAGE = """if True:
 
 
 def check_server(data_dir: Path) -> None:
-    """The job stands there once, whole."""
+    """The job stands there once, whole, and what was found of the sizes."""
+    document = job_folder.read_document(files.sized_graph_path(data_dir, INSPECTED, SIZES))
+    assert document is not None
+    assert document["refused"] == SIZES
     metrics, _ = replay(data_dir / "jobs" / "1")
     assert metrics == {("loss", step): scripted.loss_at(step) for step in range(1, STEPS + 1)}
 
