@@ -7,6 +7,7 @@ import stat
 import uuid
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import BinaryIO
 
 
 def job_folder(data_dir: Path, job_id: int) -> Path:
@@ -47,24 +48,31 @@ def sized_graph_paths(data_dir: Path, model_id: int) -> list[Path]:
 def read_logs(folder: Path, after: int = 0, limit: int = 2**24) -> bytes:
     """The logs of all attempts, one behind the other, from byte `after` on, `limit` at most."""
     pieces: list[bytes] = []
-    for log in _logs(folder):
-        with log.open("rb") as file:
-            size = file.seek(0, 2)
-            if after < size and limit > 0:
-                file.seek(after)
-                pieces.append(file.read(limit))
-                limit -= len(pieces[-1])
-            after = max(0, after - size)
+    for file in _open_logs(folder):
+        size = file.seek(0, 2)
+        if after < size and limit > 0:
+            file.seek(after)
+            pieces.append(file.read(limit))
+            limit -= len(pieces[-1])
+        after = max(0, after - size)
     return b"".join(pieces)
 
 
 def log_size(folder: Path) -> int:
     """Bytes in the logs of all attempts."""
-    return sum(log.stat().st_size for log in _logs(folder))
+    return sum(file.seek(0, 2) for file in _open_logs(folder))
 
 
-def _logs(folder: Path) -> list[Path]:
-    return sorted(folder.glob("attempts/[0-9]*/log.txt"), key=lambda log: int(log.parent.name))
+def _open_logs(folder: Path) -> Iterator[BinaryIO]:
+    """The logs of all attempts, the first one first; what is removed meanwhile is left out."""
+    attempts = folder / "attempts"
+    numbers: list[int] = []
+    with contextlib.suppress(FileNotFoundError):
+        numbers = sorted(int(path.name) for path in attempts.iterdir() if path.name.isdecimal())
+    for number in numbers:
+        log = attempts / str(number) / "log.txt"
+        with contextlib.suppress(FileNotFoundError), log.open("rb") as file:
+            yield file
 
 
 def remove_folder(path: Path) -> None:

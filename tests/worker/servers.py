@@ -34,18 +34,20 @@ def serve(data_dir: Path) -> None:
         stop = threading.Event()
         thread = threading.Thread(target=runner.run, args=(stop, time.monotonic))
         thread.start()
-        print(json.dumps({"ready": True}), flush=True)
-        for line in sys.stdin:
-            verb, *arguments = json.loads(line)
-            try:
-                answer = {"is": getattr(service, verb)(*arguments)}
-            except Conflict as error:
-                answer = {"conflict": error.detail}
-            print(json.dumps(answer), flush=True)
-        stop.set()
-        runner.wake()
-        thread.join()
-        db.close()
+        try:  # whatever a verb raises ends the process: who waits for its answer must not hang
+            print(json.dumps({"ready": True}), flush=True)
+            for line in sys.stdin:
+                verb, *arguments = json.loads(line)
+                try:
+                    answer = {"is": getattr(service, verb)(*arguments)}
+                except Conflict as error:
+                    answer = {"conflict": error.detail}
+                print(json.dumps(answer), flush=True)
+        finally:
+            stop.set()
+            runner.wake()
+            thread.join()
+            db.close()
 
 
 class ServerProcess:
