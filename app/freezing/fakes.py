@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map_only
@@ -46,8 +47,8 @@ def known_values(mode: Any) -> Iterator[None]:
         return
     follows_singly = mode.may_turn_const
 
-    def may_turn_const(tensor: torch.Tensor) -> bool:
-        is_plain = type(tensor) is torch.Tensor and tensor.layout is torch.strided
+    def may_turn_const(tensor: Tensor) -> bool:
+        is_plain = type(tensor) is Tensor and tensor.layout is torch.strided
         return (is_plain and _is_small(tensor)) or follows_singly(tensor)
 
     mode.may_turn_const = may_turn_const  # type: ignore[method-assign, assignment]
@@ -58,7 +59,7 @@ def known_values(mode: Any) -> Iterator[None]:
         del mode.may_turn_const
 
 
-def see_known(mode: FakeTensorMode, tensor: torch.Tensor) -> torch.Tensor:
+def see_known(mode: FakeTensorMode, tensor: Tensor) -> Tensor:
     """What operations see of a parameter or buffer; a single whole number stays known."""
     if isinstance(tensor, FakeTensor):
         return tensor
@@ -67,21 +68,24 @@ def see_known(mode: FakeTensorMode, tensor: torch.Tensor) -> torch.Tensor:
     )
 
 
-def _is_number(tensor: torch.Tensor) -> bool:
+def _is_number(tensor: Tensor) -> bool:
     return tensor.numel() == 1 and tensor.dtype == torch.int64 and tensor.device.type == "cpu"
 
 
-def enter_known(mode: FakeTensorMode, tensor: torch.Tensor) -> torch.Tensor:
+def enter_known(mode: FakeTensorMode, tensor: Tensor) -> Tensor:
     """A fake tensor in place of one of the example's; whole numbers stay known."""
-    is_whole = not (tensor.is_floating_point() or tensor.is_complex())
-    if isinstance(tensor, FakeTensor) or not (is_whole and _is_small(tensor)):
+    if isinstance(tensor, FakeTensor) or not (_is_whole(tensor) and _is_small(tensor)):
         return mode.from_tensor(tensor)
     with unset_fake_temporarily():
         values = tensor.clone()  # a forward may write into it
     return mode.fake_tensor_converter.from_real_tensor(mode, values, make_constant=True)
 
 
-def _is_small(tensor: torch.Tensor) -> bool:
+def _is_whole(tensor: Tensor) -> bool:
+    return not (tensor.is_floating_point() or tensor.is_complex())
+
+
+def _is_small(tensor: Tensor) -> bool:
     """By its storage: an expanded tensor takes no more than what it was expanded from."""
     return tensor.device.type == "cpu" and tensor.untyped_storage().nbytes() <= _KNOWN_BYTES
 
@@ -100,17 +104,43 @@ class _Assume(TorchFunctionMode):
 
 
 _ASKS_FINITE = {
-    torch.isfinite: True, torch.Tensor.isfinite: True, torch.isinf: False,
-    torch.Tensor.isinf: False, torch.isnan: False, torch.Tensor.isnan: False,
+    torch.isfinite: True, Tensor.isfinite: True, torch.isinf: False,
+    Tensor.isinf: False, torch.isnan: False, Tensor.isnan: False,
 }  # fmt: skip
 
 
-def run_operation(func: Any, args: Any, kwargs: Mapping[str, Any]) -> Any:
+def run_operation(func: Any, args: Any, kwargs: Mapping[str, Any]) -> tuple[Any, list[Tensor]]:
+    """An operation's result, with what is known of its values, and the tensors that it read."""
+    read = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+    result = _run(func, *_keep_from_writing(func, args, kwargs))
+    if func.namespace == "prim":  # a question in the middle of an operation
+        return result, []
+    _forget_unwritten(func, read, result)
+    return _know_made(func, args, kwargs, result), read
+
+
+def _keep_from_writing(func: Any, args: Any, kwargs: Mapping[str, Any]) -> Any:
+    """The same arguments, fake where a real weight would be written.
+
+    torch runs `mul_` of a real tensor and a number for real, even under fake tensors.
+    """
+    mode = torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE)
+    if mode is None or not func._schema.is_mutable:
+        return args, kwargs
+
+    def keep(tensor: Tensor) -> Tensor:
+        is_fake = isinstance(tensor, FakeTensor)
+        return tensor if is_fake or _is_whole(tensor) else mode.from_tensor(tensor)
+
+    return tree_map_only(Tensor, keep, (args, kwargs))
+
+
+def _run(func: Any, args: Any, kwargs: Mapping[str, Any]) -> Any:
     """An operation's result; of a fake product of groups where torch knows only bfloat16's."""
     if func is _GROUPED and isinstance(args[0], FakeTensor) and args[0].device.type == "cpu":
         wide = args[0].dtype
         half = tree_map_only(
-            torch.Tensor, lambda t: t.bfloat16() if t.is_floating_point() else t, (args, kwargs)
+            Tensor, lambda t: t.bfloat16() if t.is_floating_point() else t, (args, kwargs)
         )
         return func(*half[0], **half[1]).to(wide)
     return func(*args, **kwargs)
@@ -119,7 +149,7 @@ def run_operation(func: Any, args: Any, kwargs: Mapping[str, Any]) -> Any:
 _GROUPED = torch.ops.aten._grouped_mm.default
 
 
-def forget_unwritten(func: Any, given: list[torch.Tensor], result: Any) -> None:
+def _forget_unwritten(func: Any, given: list[Tensor], result: Any) -> None:
     """A result is known only where all that it was made of is.
 
     torch makes the result of an operation of known and unknown tensors by `new_empty` on a known
@@ -135,7 +165,7 @@ def forget_unwritten(func: Any, given: list[torch.Tensor], result: Any) -> None:
             leaf.fake_mode.fake_tensor_converter.invalidate_constant_aliases(leaf.constant)
 
 
-def know_made(func: Any, args: Any, kwargs: Mapping[str, Any], result: Any) -> Any:
+def _know_made(func: Any, args: Any, kwargs: Mapping[str, Any], result: Any) -> Any:
     """The fake result of an operation that needs no values to make its numbers, known."""
     if not isinstance(result, FakeTensor) or not _is_small(result):
         return result
@@ -149,7 +179,7 @@ def know_made(func: Any, args: Any, kwargs: Mapping[str, Any], result: Any) -> A
         return result
     with unset_fake_temporarily():
         shaped = tree_map_only(
-            torch.Tensor, lambda t: torch.empty((), dtype=t.dtype).expand(t.shape), (args, kwargs)
+            Tensor, lambda t: torch.empty((), dtype=t.dtype).expand(t.shape), (args, kwargs)
         )
         values = func(*shaped[0], **shaped[1])
     return mode.fake_tensor_converter.from_real_tensor(mode, values, make_constant=True)

@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from app.freezing.fakes import forget_unwritten, know_made, run_operation
+from app.freezing.fakes import run_operation
 from app.freezing.graph import Node
 from app.freezing.hidden import nodes_in_order
 from app.freezing.memory import Change, Memory
@@ -117,13 +117,8 @@ class _Watch(TorchDispatchMode):
         self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        result = run_operation(func, args, kwargs)
-        if func.namespace == "prim":
-            return result
-        read = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
-        forget_unwritten(func, read, result)
-        result = know_made(func, args, kwargs, result)
-        if not self._is_paused:
+        result, read = run_operation(func, args, kwargs)
+        if not self._is_paused and func.namespace != "prim":
             is_scaled = any(map(self._is_scaled, read))
             for leaf in tree_leaves(result):
                 if isinstance(leaf, torch.Tensor):

@@ -16,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from app.freezing.fakes import forget_unwritten, know_made, run_operation
+from app.freezing.fakes import run_operation
 from app.freezing.flops import flops_of
 
 _RECURRENT = torch.ops.aten.mkldnn_rnn_layer.default  # a recurrent layer on a CPU
@@ -163,12 +163,9 @@ class Recorder(TorchDispatchMode):
         self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        result = run_operation(func, args, kwargs)
-        if self.is_paused or func.namespace == "prim":  # a question in the middle of another
+        result, read = run_operation(func, args, kwargs)
+        if self.is_paused or func.namespace == "prim":
             return result
-        read = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
-        forget_unwritten(func, read, result)
-        result = know_made(func, args, kwargs, result)
         # The newest node is this operation's if there was none as new at the last one. A comparison
         # makes none, nor does what runs under no_grad or inside a Python autograd function.
         number = sequence_number() - 1

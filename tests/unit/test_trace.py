@@ -1,6 +1,7 @@
 """Tests of what a trace leaves behind it, and of modules that a trace must get past."""
 
 import json
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -129,3 +130,30 @@ def test_a_weight_whose_data_a_forward_replaces_is_put_back() -> None:
     assert trace_model(model, torch.randn(2, 4)).traced_by == "fake"
     assert torch.equal(model.weight, weight)
     assert type(model(torch.randn(2, 4))) is torch.Tensor
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda weight: weight.mul_(0.5),
+        lambda weight: weight.data.sub_(weight),
+        lambda weight: weight.data.add_(1),
+        lambda weight: torch.mul(weight, 2, out=weight),
+        lambda weight: torch._foreach_mul_([weight], 0.5),
+        lambda weight: weight.copy_(weight * 2),
+        lambda weight: weight[0].fill_(2),
+        nn.init.normal_,
+    ],
+    ids=["mul_", "sub_", "add_", "out", "foreach", "copy_", "view", "init"],
+)
+def test_a_fake_pass_writes_no_real_weight(write: Callable[[torch.Tensor], object]) -> None:
+    class Written(nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            with torch.no_grad():
+                write(self.weight)
+            return super().forward(x)
+
+    model = Written(4, 3)
+    weight = model.weight.detach().clone()
+    assert trace_model(model, torch.randn(2, 4)).traced_by == "fake"
+    assert torch.equal(model.weight, weight)
