@@ -1,7 +1,8 @@
 """Step times and bytes, predicted and measured: eight models, five freeze sets each.
 
 Run alone: python -m benchmarks.predict [NAME …]. Each model is calibrated as a worker does it, then
-really trained for some steps under each set. It takes minutes; --bytes leaves the times out.
+really trained for some steps under each set, on a GPU where there is one. It takes minutes; --bytes
+leaves the times out.
 """
 
 import argparse
@@ -17,17 +18,14 @@ os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # as workers run
 
 import torch
 from torch import nn
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_map_only
 
-from app.freezing.assume import Assumption
 from app.freezing.calibrate import calibrate_model
-from app.freezing.config import parse_config
 from app.freezing.graph import ModelGraph
-from app.freezing.held import measure_peak
-from app.freezing.plan import plan_config
 from app.freezing.timing import read_timing
 from app.freezing.trace import call_model, scalar_loss, trace_model
 from app.sources.demo.networks import build_network
+from tests.unit.peaks import foretell, see
 from tests.zoo.observe import observe
 
 Clock = Callable[[], float]
@@ -154,6 +152,8 @@ def measure_ms(
             scalar_loss(call_model(model, example), example, None).backward()
             optimizer.step()
             optimizer.zero_grad()
+            if trainable[0].is_cuda:
+                torch.cuda.synchronize()
             times.append((clock() - started) * 1e3)
     return [statistics.median(times[2:]) for times in taken]
 
@@ -162,36 +162,16 @@ def _names(graph: ModelGraph, trains: list[bool]) -> set[str]:
     return {p.name for p, flag in zip(graph.parameters, trains, strict=True) if flag}
 
 
-def measure_peak_of(
-    model: nn.Module, example: Any, graph: ModelGraph, trains: list[bool]
-) -> tuple[int, int]:
-    """The most bytes that a step of AdamW holds: foretold and real."""
-    names = _names(graph, trains)
-    rules = [{"action": "freeze", "match": "**"}]
-    rules += [{"action": "unfreeze", "match": name} for name in sorted(names)]
-    cost = plan_config(graph, parse_config({"rules": rules}), Assumption(batch_size=BATCH)).cost
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(name in names)
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.0)
-
-    def take_step() -> None:
-        output = call_model(model, example)
-        scalar_loss(output, example, None).backward()
-        del output
-        optimizer.step()
-        optimizer.zero_grad()
-
-    return cost["peak_bytes"], measure_peak(model, optimizer, take_step, tree_leaves(example))
-
-
-def compare_bytes(name: str) -> list[tuple[float, float]]:
+def compare_bytes(name: str, device: str) -> list[tuple[float, float]]:
     """Relative errors of saved bytes and of the peak for each freeze set; each is printed."""
-    model, make_example, graph, labels, sets = trace(name)
+    model, make_example, graph, labels, sets = trace(name, device)
     errors = []
     for label, trains in zip(labels, sets, strict=True):
-        kept = observe(model, make_example(BATCH), _names(graph, trains)).saved_bytes
+        names = _names(graph, trains)
+        kept = observe(model, make_example(BATCH), names).saved_bytes
         saved = graph.walk.sum_live(graph.walk.saved_bytes, graph.walk.nearest(trains))
-        peak, most = measure_peak_of(model, make_example(BATCH), graph, trains)
+        peak = foretell(graph, sorted(names), batch_size=BATCH)["peak_bytes"]
+        most = see(model, make_example(BATCH), sorted(names), "adamw")
         errors.append((saved * BATCH / TRACED / kept - 1, peak / most - 1))
         print(
             f"{name:8} {label:7} saved {kept / 1e6:6.2f} MB {errors[-1][0]:+6.1%}"
@@ -201,23 +181,30 @@ def compare_bytes(name: str) -> list[tuple[float, float]]:
     return errors
 
 
-def trace(name: str) -> tuple[nn.Module, Callable[[int], Any], ModelGraph, Any, Any]:
+def trace(name: str, device: str) -> tuple[nn.Module, Callable[[int], Any], ModelGraph, Any, Any]:
+    """The model on the device, its examples there, and its graph, which was traced on a CPU."""
     torch.manual_seed(0)
     build, make_example = MODELS[name]
     model = build().train()
-    graph = trace_model(model, make_example(TRACED))
+    graph = trace_model(model, make_example(TRACED), kernels=device)
     labels, sets = zip(*freeze_sets(graph), strict=True)
-    return model, make_example, graph, labels, sets
+
+    def make(rows: int) -> Any:
+        return tree_map_only(torch.Tensor, lambda t: t.to(device), make_example(rows))
+
+    return model.to(device), make, graph, labels, sets
 
 
-def compare_times(name: str, seconds: float, clock: Clock) -> list[tuple[float, float]]:
+def compare_times(
+    name: str, device: str, seconds: float, clock: Clock
+) -> list[tuple[float, float]]:
     """Relative errors of the time of a step for each freeze set; each is printed.
 
     Calibrations and measurements take turns, because a shared machine is not equally quick all the
     time; the medians of both are compared. The same is done with every other measurement and those
     in between: how far a perfect prediction would be off here.
     """
-    model, make_example, graph, labels, sets = trace(name)
+    model, make_example, graph, labels, sets = trace(name, device)
     predicted, measured = [], []
     for _ in range(ROUNDS):
         document = calibrate_model(model, make_example(TRACED), graph, seconds=seconds, clock=clock)
@@ -267,7 +254,8 @@ if __name__ == "__main__":
     clock = time.thread_time if arguments.cpu_time else time.perf_counter
     warnings.simplefilter("ignore")
     names = arguments.names or list(MODELS)
-    sum_up([e for name in names for e in compare_bytes(name)], "saved bytes", "peaks")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    sum_up([e for name in names for e in compare_bytes(name, device)], "saved bytes", "peaks")
     if not arguments.bytes:
-        times = [e for name in names for e in compare_times(name, arguments.seconds, clock)]
+        times = [e for name in names for e in compare_times(name, device, arguments.seconds, clock)]
         sum_up(times, "step times", "step times by themselves")

@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_map_only
 
 from app.freezing.graph import ModelGraph
 from app.freezing.hidden import nodes_in_order
+from app.freezing.kernels import kernels_of
 from app.freezing.timing import FORMAT
 from app.freezing.trace import Loss, call_model, scalar_loss
 
@@ -66,8 +67,10 @@ def calibrate_model(
     was_training = model.training
     model.train()
     started = clock()
+    device = next(model.parameters()).device
+    emulated = graph.kernels if device.type == "cpu" else "cpu"
     try:
-        with torch.random.fork_rng(devices=[]), torch.enable_grad():
+        with torch.random.fork_rng(devices=[]), torch.enable_grad(), kernels_of(emulated):
             first = _Timer(model, example, graph, loss, clock).time_batch(seconds / 2)
             spent = clock() - started
             factor = max(
@@ -82,7 +85,6 @@ def calibrate_model(
         for parameter, flag in flags:
             parameter.requires_grad_(flag)
             parameter.grad = None
-    device = next(model.parameters()).device
     return {
         "format": FORMAT,
         "fingerprint": graph.fingerprint,

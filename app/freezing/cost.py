@@ -39,16 +39,15 @@ def make_cost(
     timing: Timing | None = None,
 ) -> dict[str, Any]:
     """The `cost` of a plan, beside that of training everything."""
-    at_once = any(name.startswith("cuda") for name in devices)
-    cost = _cost_of(graph, share, assume, at_once)
+    cost = _cost_of(graph, share, assume)
     if len(graph.full_costs) >= FULL_COSTS_KEPT:
         graph.full_costs.clear()
-    asked = (assume, timing, at_once)
+    asked = (assume, timing)
     if asked not in graph.full_costs:
         every = [p.floating for p in graph.parameters]
         everything = Share(every, every, every, graph.walk.nearest(every))
         graph.full_costs[asked] = {
-            **_cost_of(graph, everything, assume, at_once),
+            **_cost_of(graph, everything, assume),
             "predicted_step_ms": _predict(graph, everything, assume, timing),
         }
     full = graph.full_costs[asked]
@@ -97,15 +96,12 @@ def _predict(
     return float(f"{ms:.4g}")
 
 
-def _cost_of(graph: ModelGraph, share: Share, assume: Assumption, at_once: bool) -> dict[str, Any]:
+def _cost_of(graph: ModelGraph, share: Share, assume: Assumption) -> dict[str, Any]:
     """FLOPs and bytes of one step.
 
     step = Σ F + Σ (r·Bx + t·Bw): every edge of a node costs its backward FLOPs where what it leads
     to is live. FLOPs and activations grow in proportion to the batch. The peak is in forward or
-    backward, or while the optimizer steps.
-
-    Args:
-        at_once: whether the optimizer steps all tensors at once, as torch does on a GPU.
+    backward, or while the optimizer steps: on a GPU all tensors at once.
     """
     walk = graph.walk
     scale = (assume.batch_size or graph.batch_size) / graph.batch_size
@@ -120,6 +116,7 @@ def _cost_of(graph: ModelGraph, share: Share, assume: Assumption, at_once: bool)
         activations = round(walk.sum_live(walk.saved_bytes, share.near) * scale * half)
         held = walk.peak_bytes(share.near, scale * half)
         if held is not None:
+            at_once = graph.kernels == "cuda"
             update = gradient_bytes + _update_bytes(stepped, assume.optimizer, at_once)
             peak = graph.resting_bytes + optimizer_bytes + max(held, update)
     return {

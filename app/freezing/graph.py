@@ -130,6 +130,7 @@ class ModelGraph:
         forward_flops: of one forward pass on the example, operations outside autograd included.
         batch_size: first dimension of the example that was traced.
         memory: what a step makes and lets go; None where that could not be seen.
+        kernels: ``cpu`` or ``cuda``: whose operations the nodes are; they keep different things.
         sequence_length, image_size: of that example, as far as it has them.
     """
 
@@ -142,6 +143,7 @@ class ModelGraph:
     forward_flops: int = 0
     batch_size: int = 1
     memory: Memory | None = None
+    kernels: str = "cpu"
     sequence_length: int | None = None
     image_size: int | None = None
 
@@ -334,6 +336,7 @@ class ModelGraph:
             "forward_flops": self.forward_flops,
             "batch_size": self.batch_size,
             "memory": None if self.memory is None else self.memory.to_document(),
+            "kernels": self.kernels,
             "sequence_length": self.sequence_length,
             "image_size": self.image_size,
         }
@@ -363,7 +366,8 @@ class ModelGraph:
             forward_flops=document["forward_flops"],
             batch_size=document["batch_size"],
             memory=_read_memory(document.get("memory")),
-            sequence_length=document.get("sequence_length"),  # an older graph says neither
+            kernels=document.get("kernels", "cpu"),  # an older graph says none of these
+            sequence_length=document.get("sequence_length"),
             image_size=document.get("image_size"),
         )
 

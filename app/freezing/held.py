@@ -20,9 +20,10 @@ def measure_peak(
 ) -> int:
     """The most bytes held at once in the second of two steps.
 
-    Weights, buffers, gradients and the optimizer's state are among them. On a GPU it is what torch
-    allocated there; elsewhere what the results of operations hold, which leaves out what an
-    operation makes for itself alone.
+    Weights, buffers, gradients and the optimizer's state are among them. On a GPU it is the most
+    that torch allocated there, less what lay there beside tensors before (libraries' workspaces);
+    elsewhere what the results of operations hold, which leaves out what an operation makes for
+    itself alone.
 
     Args:
         take_step: one whole step; it takes two.
@@ -30,30 +31,32 @@ def measure_peak(
     """
     take_step()
     device = next(model.parameters()).device
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        take_step()
-        return torch.cuda.max_memory_allocated(device)
-    held = _Held()
+    held = _Held(device)
     held.add(*model.parameters(), *model.buffers(), *given)
     held.add(*(p.grad for p in model.parameters()))
     held.add(*tree_leaves(list(optimizer.state.values())))
+    if device.type == "cuda":
+        beside = torch.cuda.memory_allocated(device) - held.now
+        torch.cuda.reset_peak_memory_stats(device)
+        take_step()
+        return torch.cuda.max_memory_allocated(device) - beside
     with held:
         take_step()
     return held.peak
 
 
 class _Held(TorchDispatchMode):
-    """Counts the bytes of the storages that are alive, each once, from its making to its end."""
+    """Counts the bytes of a device's storages that are alive, each once, from making to end."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device) -> None:
         super().__init__()
+        self._device = device
         self.now = self.peak = 0
         self._seen: set[int] = set()
 
     def add(self, *values: Any) -> None:
         for value in values:
-            if isinstance(value, torch.Tensor):
+            if isinstance(value, torch.Tensor) and value.device == self._device:
                 storage = value.untyped_storage()
                 if storage._cdata not in self._seen:
                     self._seen.add(storage._cdata)

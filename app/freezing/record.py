@@ -7,7 +7,6 @@ from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 from torch.autograd.graph import get_gradient_edge, saved_tensors_hooks
@@ -18,6 +17,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from app.freezing.fakes import run_operation
 from app.freezing.flops import flops_of
+from app.freezing.kernels import ATTENTION
 
 _RECURRENT = torch.ops.aten.mkldnn_rnn_layer.default  # a recurrent layer on a CPU
 _FEW_STEPS = 256
@@ -247,7 +247,7 @@ class Attentions(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        if func is not F.scaled_dot_product_attention:
+        if func is not ATTENTION:
             return func(*args, **(kwargs or {}))
         return self._attend(*args, **(kwargs or {}))
 
@@ -255,7 +255,7 @@ class Attentions(TorchFunctionMode):
         self, query: Any, key: Any, value: Any, attn_mask: Any = None, *args: Any, **kwargs: Any
     ) -> Any:
         start, before = sequence_number(), self.recorder.forward_flops
-        result = F.scaled_dot_product_attention(query, key, value, attn_mask, *args, **kwargs)
+        result = ATTENTION(query, key, value, attn_mask, *args, **kwargs)
         end, flops = sequence_number(), self.recorder.forward_flops - before
         if attn_mask is None or not attn_mask.requires_grad or not torch.is_grad_enabled():
             return result
@@ -263,9 +263,7 @@ class Attentions(TorchFunctionMode):
         asked = str((shapes, args, kwargs))
         if asked not in self.fused:
             with self.recorder.paused(), _Watch() as frozen:
-                F.scaled_dot_product_attention(
-                    query, key, value, attn_mask.detach(), *args, **kwargs
-                )
+                ATTENTION(query, key, value, attn_mask.detach(), *args, **kwargs)
             self.fused[asked] = frozen.is_fused
         if self.fused[asked]:
             self.found.append(

@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from app.freezing.fakes import enter_known, known_values, see_known
 from app.freezing.graph import Buffer, ModelGraph, Module, Parameter
+from app.freezing.kernels import kernels_of
 from app.freezing.lifetimes import read_memory
 from app.freezing.memory import Memory
 from app.freezing.nodes import Read, read_nodes
@@ -32,6 +33,7 @@ def trace_model(
     *,
     loss: Loss | None = None,
     ways: Sequence[str] = ("fake", "real"),
+    kernels: str = "cpu",
 ) -> ModelGraph:
     """Read a model's modules and its autograd graph, everything trainable, by one forward pass.
 
@@ -49,6 +51,7 @@ def trace_model(
         loss: ``(output, example) -> scalar``; by default the output's ``.loss``, else the mean
             square of its logits, last hidden state or first floating tensor.
         ways: those that may be tried, the first that works is taken.
+        kernels: ``cuda`` for a model that lies on a CPU here and is to be trained on a GPU.
 
     Returns:
         The graph; `traced_by` says how it was got.
@@ -64,12 +67,13 @@ def trace_model(
             if how == "real" and _fake_mode(model):
                 break  # there are no weights to compute with
             try:
-                traced = _trace(graph, model, example, loss, fake=how == "fake")
+                with kernels_of(kernels):
+                    traced = _trace(graph, model, example, loss, fake=how == "fake")
             except Exception as error:  # whatever a user's forward raises under this way of tracing
                 notes.append(f"{how}: {_in_short(error)}")
             else:
                 notes += [traced.trace_note] * bool(traced.trace_note)
-                graph = replace(traced, traced_by=how)
+                graph = replace(traced, traced_by=how, kernels=kernels)
                 break
     return replace(graph, trace_note=" ".join(notes), batch_size=_batch_size(example))
 

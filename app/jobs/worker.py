@@ -162,6 +162,7 @@ def _run(
         ("python:", "demo:")
     ):
         model_spec = replace(model_spec, random_init=True, weights=None)  # values take no time
+    kernels = spec.get("kernels", "cpu")
     weightless = is_inspection or is_preview or spec.get("traced_by") == "fake"
     built = build_model(model_spec, code_dirs=code_dirs, weightless=weightless)
     for note in built.notes:
@@ -171,12 +172,12 @@ def _run(
         from app.sources.sizes import size_example
 
         digest = _digest_weights(built.model)  # before a forward in train mode moves a buffer
-        graph = trace_model(built.model, built.example, loss=built.loss)
+        graph = trace_model(built.model, built.example, loss=built.loss, kernels=kernels)
         if graph.traced_by == "none" and digest is None and _is_small(graph):
             # Its forward looks at values: those of untrained weights do as well as any.
             untrained = replace(model_spec, random_init=True, weights=None)
             built = build_model(untrained, code_dirs=code_dirs)
-            graph = trace_model(built.model, built.example, loss=built.loss)
+            graph = trace_model(built.model, built.example, loss=built.loss, kernels=kernels)
         sizes = size_example(built.example, {}, built.make).sizes
         document = {**graph.to_document(), **sizes, "weights_digest": digest}
         job_folder.write_document(directory / "graph.json", document)
@@ -184,7 +185,7 @@ def _run(
     if spec["kind"] == "trace":
         from app.sources.traces import trace_at_sizes
 
-        found = trace_at_sizes(built, spec["sizes"], spec["traced_by"])
+        found = trace_at_sizes(built, spec["sizes"], spec["traced_by"], kernels)
         job_folder.write_document(directory / "graph.json", found)
         return "succeeded", 0
     if is_preview:
@@ -193,7 +194,7 @@ def _run(
         def trace(data: Any) -> dict[str, Any]:
             if built.example is not None:
                 return {}
-            graph = trace_on_data(built, data)
+            graph = trace_on_data(built, data, kernels)
             document = {**graph.to_document(), "weights_digest": _digest_weights(built.model)}
             job_folder.write_document(directory / "graph.json", document)
             return {"traced_by": graph.traced_by}
@@ -218,7 +219,7 @@ def _run(
         from app.freezing.calibrate import calibrate_model
         from app.freezing.trace import trace_model
 
-        graph = trace_model(built.model, built.example, loss=built.loss)
+        graph = trace_model(built.model, built.example, loss=built.loss, kernels=kernels)
         timed = calibrate_model(built.model.to(device), built.example, graph, loss=built.loss)
         job_folder.write_document(directory / job_folder.FOUND, timed)
         return "succeeded", 0

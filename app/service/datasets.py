@@ -35,4 +35,5 @@ class Datasets(Ground):
             raise InvalidDocument(errors)
 
         spec = {"kind": "preview", "dataset": dataset, "training": {"seed": seed}}
-        return self._add_task(model_id, {**spec, **self._surroundings()}, PREVIEWS_KEPT)
+        surroundings = {"kernels": self._kernels(), **self._surroundings()}
+        return self._add_task(model_id, {**spec, **surroundings}, PREVIEWS_KEPT)

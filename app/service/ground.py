@@ -88,6 +88,10 @@ class Ground:
         lines = tail.decode(errors="replace").replace("\r", "\n").split("\n")
         return next((line.strip()[:200] for line in reversed(lines) if line.strip()), None)
 
+    def _kernels(self) -> str:
+        """Whose operations a trace is to follow: a job is on a GPU where there is one."""
+        return "cuda" if any(d["kind"] == "cuda" for d in self._runner.devices()) else "cpu"
+
     def _dirs(self) -> dict[str, tuple[Path, ...]]:
         return {"code_dirs": self._settings.code_dirs, "file_dirs": self._settings.file_dirs}
 

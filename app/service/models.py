@@ -30,7 +30,8 @@ class Models(Ground):
     def add_model(self, doc: Mapping[str, Any]) -> Document:
         """Take a model spec and have it inspected."""
         spec = spec_document(parse_model_spec(doc, **self._dirs()))
-        task_spec = {"kind": "inspect", "model": spec, **self._surroundings()}
+        wanted = {"kind": "inspect", "model": spec, "kernels": self._kernels()}
+        task_spec = {**wanted, **self._surroundings()}
 
         def add(session: Session) -> Document:
             model = Model(spec=spec)

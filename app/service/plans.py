@@ -98,7 +98,8 @@ class Plans(Models):
                 "the model's forward must be run for real to be traced, and at that size it might "
                 f"take {_real_bytes(graph, sizes) / 2**30:,.0f} GiB"
             )
-        spec = {"kind": "trace", "sizes": sizes, "traced_by": graph.traced_by}
+        how = {"traced_by": graph.traced_by, "kernels": graph.kernels}
+        spec = {"kind": "trace", "sizes": sizes, **how}
         try:
             self._add_task(model_id, {**spec, **self._surroundings()}, TRACES_KEPT)
         except Conflict as conflict:

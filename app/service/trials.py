@@ -33,7 +33,7 @@ class Trials(Plans):
                 f"Model {model_id} takes {graph.resting_bytes / 2**30:.1f} GiB; models of at most "
                 f"{MAX_TIMED_BYTES // 2**30} GiB are timed beside the jobs."
             )
-        spec: Document = {"kind": "calibrate", **self._surroundings()}
+        spec: Document = {"kind": "calibrate", "kernels": graph.kernels, **self._surroundings()}
         return self._add_task(model_id, spec, TRIALS_KEPT)
 
     def compare_mechanisms(self, model_id: int, doc: Mapping[str, Any]) -> Document:

@@ -69,16 +69,20 @@ def preview_dataset(
     keep(document | shown)
 
 
-def trace_on_data(built: BuiltModel, data: Data) -> ModelGraph:
+def trace_on_data(built: BuiltModel, data: Data, kernels: str) -> ModelGraph:
     """Trace a model that gives no example of its own on the first batch that it would train on."""
     items = [data.train[index] for index in range(min(EXAMPLE_BATCH, len(data.train)))]
     collate = data.collate or default_collate
     batch = run_user_code(lambda: collate(items), "Making a batch of the data", "data_error")
     if isinstance(batch, Mapping):
-        return _note_sizes(trace_model(built.model, batch, loss=built.loss), batch)
+        graph = trace_model(built.model, batch, loss=built.loss, kernels=kernels)
+        return _note_sizes(graph, batch)
     own = built.loss
     graph = trace_model(
-        built.model, batch[0], loss=None if own is None else lambda output, _: own(output, batch)
+        built.model,
+        batch[0],
+        loss=None if own is None else lambda output, _: own(output, batch),
+        kernels=kernels,
     )
     return _note_sizes(graph, batch[0])
 

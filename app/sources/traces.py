@@ -11,12 +11,15 @@ from app.sources.models import BuiltModel
 from app.sources.sizes import size_example
 
 
-def trace_at_sizes(built: BuiltModel, wanted: Mapping[str, int], how: str) -> dict[str, Any]:
+def trace_at_sizes(
+    built: BuiltModel, wanted: Mapping[str, int], how: str, kernels: str
+) -> dict[str, Any]:
     """Trace a model on its example at other sizes, and say which of them could not be had.
 
     Args:
         how: ``fake`` or ``real``, as the model's own graph was got. The other way is not tried:
             what does not run at a size would only fail once more, and perhaps fill the memory.
+        kernels: of that graph, too.
 
     Returns:
         ``graph``, without modules and parameters, which no size changes; None where nothing that is
@@ -27,7 +30,9 @@ def trace_at_sizes(built: BuiltModel, wanted: Mapping[str, int], how: str) -> di
     fingerprint = read_model(built.model).fingerprint
     if len(refused) < len(wanted):
         with RefuseMissingRows():
-            traced = trace_model(built.model, sized.example, loss=built.loss, ways=(how,))
+            traced = trace_model(
+                built.model, sized.example, loss=built.loss, ways=(how,), kernels=kernels
+            )
         if traced.nodes:
             graph = {**traced.to_document(), **sized.sizes, "modules": [], "parameters": []}
         else:

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils._pytree import tree_map_only
 
 from app.freezing.config import parse_config
 from app.freezing.trace import trace_model
@@ -14,6 +15,8 @@ from app.training.recipe import parse_recipe
 from tests.unit.models import make
 from tests.unit.peaks import choose, foretell, see
 from tests.unit.runs import Told, Wish, freeze, make_data
+from tests.zoo.library import build_library_model
+from tests.zoo.observe import observe
 
 pytestmark = [
     pytest.mark.gpu,
@@ -63,12 +66,25 @@ def test_layer_measures_on_the_gpu_agree_with_the_cpu(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("which", ["everything", "the end", "the last alone"])
-def test_the_peak_on_the_gpu_is_foretold(which: str) -> None:
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_the_peak_on_the_gpu_is_foretold(dropout: float, which: str) -> None:
     torch.manual_seed(0)
-    layer = torch.nn.TransformerEncoderLayer(512, 8, 2048, batch_first=True, dropout=0.0)
+    layer = torch.nn.TransformerEncoderLayer(512, 8, 2048, batch_first=True, dropout=dropout)
     model = torch.nn.TransformerEncoder(layer, 6, enable_nested_tensor=False)
-    graph = trace_model(model, torch.randn(2, 128, 512))
+    graph = trace_model(model, torch.randn(2, 128, 512), kernels="cuda")
     trained = choose(graph, which)
-    cost = foretell(graph, trained, {"cuda:0": 2**36}, batch_size=32)
+    cost = foretell(graph, trained, batch_size=32)
     seen = see(model.cuda(), torch.randn(32, 128, 512, device="cuda"), trained, "adamw")
     assert cost["peak_bytes"] == pytest.approx(seen, rel=0.1)
+
+
+@pytest.mark.parametrize("name", ["bert", "gpt2", "t5", "vit", "resnet"])
+def test_what_is_kept_for_backward_on_the_gpu_is_foretold(name: str) -> None:
+    torch.manual_seed(0)
+    model, example = build_library_model(name)
+    model.train()
+    graph = trace_model(model, example, kernels="cuda")
+    names = {p.name for p in graph.parameters if p.floating}
+    on_gpu = tree_map_only(torch.Tensor, torch.Tensor.cuda, example)
+    kept = observe(model.cuda(), on_gpu, names).saved_bytes
+    assert foretell(graph, sorted(names))["activation_bytes"] == pytest.approx(kept, rel=0.1)

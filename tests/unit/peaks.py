@@ -31,14 +31,12 @@ def choose(graph: ModelGraph, which: str) -> list[str]:
     return [name for i, name in enumerate(reached) if SETS[which](i, len(reached))]
 
 
-def foretell(
-    graph: ModelGraph, trained: list[str], devices: dict[str, int] | None = None, **assumed: Any
-) -> dict[str, Any]:
+def foretell(graph: ModelGraph, trained: list[str], **assumed: Any) -> dict[str, Any]:
     """The cost of a plan that trains these parameters."""
     rules = [{"action": "freeze", "match": "**"}]
     rules += [{"action": "unfreeze", "match": name} for name in trained]
     config = parse_config({"rules": rules})
-    return dict(plan_config(graph, config, Assumption(**assumed), devices).cost)
+    return dict(plan_config(graph, config, Assumption(**assumed)).cost)
 
 
 def see(model: nn.Module, example: Any, trained: list[str], optimizer: str = "sgd") -> int:

@@ -12,7 +12,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from app.freezing.assume import Assumption
 from app.freezing.config import parse_config
 from app.freezing.graph import ModelGraph
 from app.freezing.memory import Change, Memory, Timeline
@@ -108,12 +107,8 @@ def test_a_step_of_adam_may_hold_more_than_backward_did() -> None:
 
 def test_on_a_gpu_adam_steps_all_tensors_at_once() -> None:
     model, make_example = perceptron()
-    graph = trace_model(model, make_example(2))
-    config, assume = parse_config({}), Assumption(optimizer="adamw")
-    cpu, gpu = (
-        plan_config(graph, config, assume, devices).cost["peak_bytes"]
-        for devices in ({"cpu": 2**34}, {"cuda:0": 2**34})
-    )
+    graphs = (trace_model(model, make_example(2), kernels=kind) for kind in ("cpu", "cuda"))
+    cpu, gpu = (foretell(graph, choose(graph, "everything"))["peak_bytes"] for graph in graphs)
     weights = sum(p.numel() for p in model.parameters()) * 4
     assert cpu < 4.6 * weights
     assert 5 * weights <= gpu < 5.1 * weights
