@@ -91,7 +91,7 @@ def plan_config(
         cost=make_cost(graph, share, assume, devices or {}, timing),
         warnings=(
             *list_findings(graph, config, frozen),
-            *_not_assumed(graph, assume, why_not or {}),
+            *_find_in_assumption(graph, assume, why_not or {}),
         ),
     )
 
@@ -149,7 +149,7 @@ def _flow_by_order(trainable: int, trained_before: str) -> tuple[str, str]:
     return "idle", "frozen, and nothing before it is trained (not traced: by order)"
 
 
-def _not_assumed(
+def _find_in_assumption(
     graph: ModelGraph, assume: Assumption, why_not: Mapping[str, str]
 ) -> Iterator[Finding]:
     for size in ("sequence_length", "image_size"):
@@ -161,3 +161,10 @@ def _not_assumed(
                 f"A{'n' if size[0] in 'aeiou' else ''} {size.replace('_', ' ')} of {value:,} was "
                 f"not applied: {why}. FLOPs and activations are those of the example.",
             )
+    if assume.precision != "fp32" and graph.nodes:
+        yield Finding(
+            "precision_estimated",
+            f"Activations and peak memory under {assume.precision} are estimated: half of what "
+            "fp32 keeps. Real steps keep more, because autocast also keeps copies of weights and "
+            "leaves some values in float32. Train a few steps and see what they take.",
+        )

@@ -158,6 +158,15 @@ def test_an_assumption_that_was_not_applied_is_said() -> None:
     assert "not_assumed" in codes
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_what_autocast_keeps_is_said_to_be_estimated(precision: str) -> None:
+    for name, is_traced in (("plain", True), ("stubborn", False)):
+        graph = trace_model(*MAKERS[name]())
+        assume = parse_assumption({"precision": precision})
+        codes = {w.code for w in plan_config(graph, parse_config({}), assume).warnings}
+        assert ("precision_estimated" in codes) is (is_traced and precision != "fp32")
+
+
 def test_reentrant_checkpointing_is_said_to_cut_only_where_it_does() -> None:
     for frozen in (False, True):
         model, tokens = MAKERS["reentrant"]()
@@ -180,4 +189,4 @@ def test_the_page_of_findings_lists_each_and_no_other() -> None:
     raised = set(re.findall(r'Finding\(\s*"(\w+)"', "".join(sources)))
     assert len(listed) == len(set(listed))
     assert set(listed) == raised
-    assert raised == {*CASES, "not_assumed"}
+    assert raised == {*CASES, "not_assumed", "precision_estimated"}
