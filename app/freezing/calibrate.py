@@ -15,7 +15,6 @@ from torch.utils._pytree import tree_map_only
 
 from app.freezing.graph import ModelGraph
 from app.freezing.hidden import nodes_in_order
-from app.freezing.kernels import kernels_of
 from app.freezing.timing import FORMAT
 from app.freezing.trace import Loss, call_model, scalar_loss
 
@@ -68,9 +67,8 @@ def calibrate_model(
     model.train()
     started = clock()
     device = next(model.parameters()).device
-    emulated = graph.kernels if device.type == "cpu" else "cpu"
     try:
-        with torch.random.fork_rng(devices=[]), torch.enable_grad(), kernels_of(emulated):
+        with torch.random.fork_rng(devices=[]), torch.enable_grad():
             first = _Timer(model, example, graph, loss, clock).time_batch(seconds / 2)
             spent = clock() - started
             factor = max(
@@ -210,7 +208,7 @@ class _Timer:
         self._hold(sets[0])
         value = self._forward()
         nodes = list(nodes_in_order(value.grad_fn))
-        if _edges_of(nodes) != [node.inputs for node in self.graph.nodes]:
+        if _edges_of(nodes) != [_strip(node.inputs) for node in self.graph.nodes]:
             raise NotTimed("A real forward pass makes another graph than the one that was traced.")
         clock = _Clock(self.device, self.clock)
         for index, node in enumerate(nodes):
@@ -354,4 +352,12 @@ def _fit_edges(masks: Mapping[tuple[bool, ...], Sequence[float]]) -> list[float]
 def _edges_of(nodes: Sequence[Any]) -> list[tuple[int, ...]]:
     """As `Node.inputs`. Names may differ: a view of a real tensor may be a reshaped alias."""
     index = {node: i for i, node in enumerate(nodes)}
-    return [tuple(index.get(below, -1) for below, _ in node.next_functions) for node in nodes]
+    return [_strip([index.get(below, -1) for below, _ in n.next_functions]) for n in nodes]
+
+
+def _strip(inputs: Sequence[int]) -> tuple[int, ...]:
+    """Without edges at the end that lead nowhere: a GPU's attention has one for a mask."""
+    count = len(inputs)
+    while count and inputs[count - 1] < 0:
+        count -= 1
+    return tuple(inputs[:count])

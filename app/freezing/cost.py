@@ -8,7 +8,7 @@ from itertools import compress
 from typing import Any
 
 from app.freezing.assume import OPTIMIZER_STATE, Assumption
-from app.freezing.graph import ModelGraph
+from app.freezing.graph import ModelGraph, kernels_on
 from app.freezing.timing import Timing
 
 FULL_COSTS_KEPT = 100
@@ -73,11 +73,14 @@ def make_cost(
 def _find_fits(
     graph: ModelGraph, cost: Mapping[str, Any], devices: Mapping[str, int]
 ) -> Iterator[tuple[str, bool]]:
-    """Whether each device has room; without a trace only those that surely have none."""
+    """Whether each device has room.
+
+    Where the peak is not known, or is one of other kernels, only those that surely have none.
+    """
     peak = cost["peak_bytes"]
     least = graph.resting_bytes + cost["optimizer_bytes"] + cost["gradient_bytes"]
     for name, size in devices.items():
-        if peak is not None:
+        if peak is not None and kernels_on(name) == graph.kernels:
             yield name, peak <= size
         elif least > size:
             yield name, False
@@ -92,7 +95,9 @@ def _predict(
     if timing.timed_sizes != (graph.sequence_length, graph.image_size):
         return None
     batch_size = assume.batch_size or graph.batch_size
-    ms = timing.predict_ms(graph, share.near, share.stepped, assume.optimizer, batch_size)
+    timed = timing.graph
+    near = share.near if timed is graph else timed.walk.nearest(share.computed)
+    ms = timing.predict_ms(near, share.stepped, assume.optimizer, batch_size)
     return float(f"{ms:.4g}")
 
 
@@ -112,9 +117,10 @@ def _cost_of(graph: ModelGraph, share: Share, assume: Assumption) -> dict[str, A
     if graph.nodes:
         forward = round(graph.forward_flops * scale)
         backward = round(walk.sum_live(walk.backward_flops, share.near) * scale)
-        half = 0.5 if assume.precision != "fp32" else 1.0  # autocast keeps activations in 16 bits
-        activations = round(walk.sum_live(walk.saved_bytes, share.near) * scale * half)
-        held = walk.peak_bytes(share.near, scale * half)
+        # A guess, and called one, until the model was traced at that precision.
+        guessed = scale if assume.precision == graph.precision else scale / 2
+        activations = walk.kept_bytes(share.near, guessed)
+        held = walk.peak_bytes(share.near, guessed)
         if held is not None:
             at_once = graph.kernels == "cuda"
             update = gradient_bytes + _update_bytes(stepped, assume.optimizer, at_once)

@@ -63,9 +63,8 @@ def see_known(mode: FakeTensorMode, tensor: Tensor) -> Tensor:
     """What operations see of a parameter or buffer; a single whole number stays known."""
     if isinstance(tensor, FakeTensor):
         return tensor
-    return mode.fake_tensor_converter.from_real_tensor(
-        mode, tensor, make_constant=_is_number(tensor)
-    )
+    is_known = _is_number(tensor) and not isinstance(tensor, torch.nn.Parameter)
+    return mode.fake_tensor_converter.from_real_tensor(mode, tensor, make_constant=is_known)
 
 
 def _is_number(tensor: Tensor) -> bool:

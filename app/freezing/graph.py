@@ -131,6 +131,7 @@ class ModelGraph:
         batch_size: first dimension of the example that was traced.
         memory: what a step makes and lets go; None where that could not be seen.
         kernels: ``cpu`` or ``cuda``: whose operations the nodes are; they keep different things.
+        precision: ``fp32``, or ``bf16`` or ``fp16`` for a forward under autocast.
         sequence_length, image_size: of that example, as far as it has them.
     """
 
@@ -144,6 +145,7 @@ class ModelGraph:
     batch_size: int = 1
     memory: Memory | None = None
     kernels: str = "cpu"
+    precision: str = "fp32"
     sequence_length: int | None = None
     image_size: int | None = None
 
@@ -337,6 +339,7 @@ class ModelGraph:
             "batch_size": self.batch_size,
             "memory": None if self.memory is None else self.memory.to_document(),
             "kernels": self.kernels,
+            "precision": self.precision,
             "sequence_length": self.sequence_length,
             "image_size": self.image_size,
         }
@@ -367,9 +370,15 @@ class ModelGraph:
             batch_size=document["batch_size"],
             memory=_read_memory(document.get("memory")),
             kernels=document.get("kernels", "cpu"),  # an older graph says none of these
+            precision=document.get("precision", "fp32"),
             sequence_length=document.get("sequence_length"),
             image_size=document.get("image_size"),
         )
+
+
+def kernels_on(device: str) -> str:
+    """Whose operations run on a device, by its name."""
+    return "cuda" if device.startswith("cuda") else "cpu"
 
 
 def _read_memory(document: Mapping[str, Any] | None) -> Memory | None:

@@ -30,6 +30,8 @@ def read_memory(
     model: nn.Module,
     read: Read,
     resting: set[int],
+    *,
+    is_autocast: bool = False,
 ) -> Memory:
     """See what a forward and backward pass makes and lets go.
 
@@ -41,13 +43,14 @@ def read_memory(
         given: the example's tensors, which are held all the while.
         read: the graph that was traced.
         resting: storages of parameters and buffers.
+        is_autocast: forward runs under autocast, which keeps copies of weights for itself.
 
     Raises:
         NotSeen: this step made another graph.
 
     Side effects: none; parameters have the gradients that they had, and no others.
     """
-    watch, nodes = _Watch(resting), read.nodes
+    watch, nodes = _Watch(resting, is_autocast), read.nodes
     own = [(p, p.grad, dict(p._post_accumulate_grad_hooks or ())) for p in model.parameters()]
     for parameter, _, hooks in own:
         parameter.grad = None
@@ -103,14 +106,17 @@ class _Saved:
 class _Watch(TorchDispatchMode):
     """Numbers storages as they are made, and notes when each is made and let go."""
 
-    def __init__(self, resting: set[int]) -> None:
+    def __init__(self, resting: set[int], is_autocast: bool) -> None:
         super().__init__()
+        self._is_autocast = is_autocast
         self._ignored = set(resting)
         self._alive: dict[int, int] = {}
         self._made: list[tuple[int, bool]] = []  # bytes, whether they grow with the batch
         self._events: list[tuple[int, bool]] = []  # number of a storage, whether it is made
         self._starts: list[tuple[int, int]] = []  # place in the events, node
         self._stand_ins: dict[int, int] = {}
+        self._copies: dict[int, int] = {}  # number of a copy of a weight → place where it was used
+        self._waiting: list[int] = []  # copies that the next operation uses
         self._is_paused = False
 
     def __torch_dispatch__(
@@ -123,7 +129,24 @@ class _Watch(TorchDispatchMode):
             for leaf in tree_leaves(result):
                 if isinstance(leaf, torch.Tensor):
                     self.note(leaf, is_scaled)
+            if self._is_autocast:
+                self._note_copies(func, read, result)
         return result
+
+    def _note_copies(self, func: Any, read: Sequence[torch.Tensor], result: Any) -> None:
+        """Note when a copy of a weight that autocast makes was used.
+
+        It keeps those of trained weights until forward ends, and those of frozen ones no longer.
+        Who trains is not known here, and what is trained is mostly saved: so none is kept.
+        """
+        if func is not torch.ops.aten._to_copy.default:
+            self._copies.update(dict.fromkeys(self._waiting, len(self._events)))
+            self._waiting = []
+        elif self._rests(read[0]):
+            self._waiting.append(self._alive[storage_key(result)])
+
+    def _rests(self, tensor: torch.Tensor) -> bool:
+        return _is_plain(tensor) and storage_key(tensor) in self._ignored
 
     def _is_scaled(self, tensor: torch.Tensor) -> bool:
         if not _is_plain(tensor):
@@ -220,7 +243,7 @@ class _Watch(TorchDispatchMode):
         """
         border = self._starts[0][0]
         forward: list[Change] = []
-        for number, is_made in self._events[:border]:
+        for number, is_made in self._put_forward(border):
             size, is_scaled = self._made[number]
             if not is_made and number in storages:
                 forward.append(Change(storages[number], is_scaled, size, 0))
@@ -238,6 +261,18 @@ class _Watch(TorchDispatchMode):
                 _append(changes, Change(consumer, is_scaled and not fixed, *_step(size, is_made)))
             backward.append((node, tuple(changes)))
         return Memory(tuple(forward), tuple(backward))
+
+    def _put_forward(self, border: int) -> Iterator[tuple[int, bool]]:
+        """The events of forward; copies of weights go as soon as they were used."""
+        gone: dict[int, list[int]] = {}
+        for number, place in self._copies.items():
+            if place <= border:
+                gone.setdefault(place, []).append(number)
+        for place, (number, is_made) in enumerate(self._events[:border]):
+            yield from ((copy, False) for copy in gone.get(place, ()))
+            if is_made or number not in self._copies:
+                yield number, is_made
+        yield from ((copy, False) for copy in gone.get(border, ()))
 
     def _find_consumers(self, ends: Mapping[int, int]) -> dict[int, tuple[int, int]]:
         """Number of each storage that backward makes → the node that makes it, the last that reads.

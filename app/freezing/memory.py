@@ -40,6 +40,11 @@ class Memory:
     forward: tuple[Change, ...]
     backward: tuple[tuple[int, tuple[Change, ...]], ...]
 
+    @property
+    def fixed(self) -> frozenset[int]:
+        """Storages that nodes save and that do not grow with the batch."""
+        return frozenset(c.on for c in self.forward if c.on >= 0 and not c.is_scaled)
+
     def to_document(self) -> dict[str, Any]:
         return {
             "forward": [list(change) for change in self.forward],

@@ -12,7 +12,7 @@ from app.freezing.assume import Assumption
 from app.freezing.config import FreezeConfig, expand_rules
 from app.freezing.cost import Share, make_cost
 from app.freezing.findings import Finding, list_findings
-from app.freezing.graph import ModelGraph
+from app.freezing.graph import ModelGraph, kernels_on
 from app.freezing.timing import Timing
 from app.freezing.walk import DEAD
 
@@ -60,11 +60,11 @@ def plan_config(
     """Say precisely what backward will do under a freeze config, and what it will cost.
 
     Args:
-        assume: batch size, optimizer and precision of the run to come; its sizes hold where the
+        assume: batch size and optimizer of the run to come; its sizes and precision hold where the
             graph was traced at them.
         devices: name → bytes of memory, for ``fits``.
         timing: what a calibration of this model found, for ``predicted_step_ms``.
-        why_not: size → why the graph was not traced at the one that is assumed.
+        why_not: size or `precision` → why the graph was not traced at the one that is assumed.
 
     Returns:
         The plan. Flow states and FLOPs are exact for the traced graph; bytes of activations are
@@ -92,6 +92,7 @@ def plan_config(
         warnings=(
             *list_findings(graph, config, frozen),
             *_find_in_assumption(graph, assume, why_not or {}),
+            *_find_in_devices(graph, devices or {}),
         ),
     )
 
@@ -161,10 +162,19 @@ def _find_in_assumption(
                 f"A{'n' if size[0] in 'aeiou' else ''} {size.replace('_', ' ')} of {value:,} was "
                 f"not applied: {why}. FLOPs and activations are those of the example.",
             )
-    if assume.precision != "fp32" and graph.nodes:
+    if assume.precision != graph.precision and graph.nodes:
+        why = why_not.get("precision", "the model was not traced at it")
         yield Finding(
-            "precision_estimated",
-            f"Activations and peak memory under {assume.precision} are estimated: half of what "
-            "fp32 keeps. Real steps keep more, because autocast also keeps copies of weights and "
-            "leaves some values in float32. Train a few steps and see what they take.",
+            "not_assumed",
+            f"Activations and peak memory under {assume.precision} are a guess, half of what "
+            f"{graph.precision} keeps, which may be far too little: {why}.",
+        )
+
+
+def _find_in_devices(graph: ModelGraph, devices: Mapping[str, int]) -> Iterator[Finding]:
+    if graph.nodes and graph.kernels == "cpu" and "cuda" in map(kernels_on, devices):
+        yield Finding(
+            "traced_for_a_cpu",
+            "The model was traced when no GPU was here. On one it may hold less, so that peak "
+            "memory and whether it fits are not known there. Add the model again.",
         )

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from itertools import compress
 from typing import Any
 
-from app.freezing.graph import ModelGraph
+from app.freezing.graph import ModelGraph, kernels_on
 
 FORMAT = 1
 
@@ -28,11 +28,13 @@ class Timing:
     """How long the parts of a model's step take on one machine.
 
     Attributes:
+        graph: what was timed; a plan for a GPU is made of another.
         device: as torch names it.
         threads: how many it was timed with.
         timed_sizes: sequence length and image size of the example that it was timed on.
     """
 
+    graph: ModelGraph
     device: str
     threads: int
     batches: tuple[_Batch, ...]
@@ -45,7 +47,6 @@ class Timing:
 
     def predict_ms(
         self,
-        graph: ModelGraph,
         near: Sequence[int],
         stepped: Sequence[bool],
         optimizer: str,
@@ -56,24 +57,23 @@ class Timing:
         In between and beyond the batch sizes that were timed, along a straight line.
 
         Args:
-            near: `Walk.nearest` of what gets a gradient.
+            near: `Walk.nearest` of what gets a gradient, of the graph that was timed.
             stepped: for every parameter whether the optimizer moves it.
         """
         few, many = self.batches
-        first = self._at(few, graph, near, stepped, optimizer)
-        second = self._at(many, graph, near, stepped, optimizer)
+        first = self._at(few, near, stepped, optimizer)
+        second = self._at(many, near, stepped, optimizer)
         share = (batch_size - few.batch_size) / (many.batch_size - few.batch_size)
         return max(0.1 * first, first + max(0.0, second - first) * share)
 
     def _at(
         self,
         batch: _Batch,
-        graph: ModelGraph,
         near: Sequence[int],
         stepped: Sequence[bool],
         optimizer: str,
     ) -> float:
-        walk = graph.walk
+        walk = self.graph.walk
         backward = walk.sum_live(batch.wires, near)
         once, by_node, by_backward = batch.forward
         forward = once + by_node * walk.sum_live(walk.node_count, near) + by_backward * backward
@@ -86,18 +86,26 @@ class Timing:
 
 
 def read_timing(document: Mapping[str, Any], graph: ModelGraph) -> Timing | None:
-    """What `calibrate_model` wrote; None where it is of another format or another graph."""
+    """What `calibrate_model` wrote; None where it is of another format or another graph.
+
+    Args:
+        graph: of the model; what was timed, where it is another, stands in the document.
+    """
     if document.get("format") != FORMAT or document.get("fingerprint") != graph.fingerprint:
         return None
-    if any(len(batch["nodes"]) != len(graph.nodes) for batch in document["batches"]):
+    timed = ModelGraph.from_document(document["graph"]) if "graph" in document else graph
+    if timed.kernels != kernels_on(document["device"]):
+        return None
+    if any(len(batch["nodes"]) != len(timed.nodes) for batch in document["batches"]):
         return None
     return Timing(
+        timed,
         document["device"],
         document["threads"],
         tuple(
             _Batch(
                 batch["batch_size"],
-                graph.walk.spread(batch["nodes"]),
+                timed.walk.spread(batch["nodes"]),
                 batch["forward"],
                 batch["backward_ms"],
                 batch["optimizers"],

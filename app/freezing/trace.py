@@ -34,6 +34,7 @@ def trace_model(
     loss: Loss | None = None,
     ways: Sequence[str] = ("fake", "real"),
     kernels: str = "cpu",
+    precision: str = "fp32",
 ) -> ModelGraph:
     """Read a model's modules and its autograd graph, everything trainable, by one forward pass.
 
@@ -52,6 +53,7 @@ def trace_model(
             square of its logits, last hidden state or first floating tensor.
         ways: those that may be tried, the first that works is taken.
         kernels: ``cuda`` for a model that lies on a CPU here and is to be trained on a GPU.
+        precision: ``bf16`` or ``fp16`` for forwards under autocast.
 
     Returns:
         The graph; `traced_by` says how it was got.
@@ -68,12 +70,12 @@ def trace_model(
                 break  # there are no weights to compute with
             try:
                 with kernels_of(kernels):
-                    traced = _trace(graph, model, example, loss, fake=how == "fake")
+                    traced = _trace(graph, model, example, loss, precision, fake=how == "fake")
             except Exception as error:  # whatever a user's forward raises under this way of tracing
                 notes.append(f"{how}: {_in_short(error)}")
             else:
                 notes += [traced.trace_note] * bool(traced.trace_note)
-                graph = replace(traced, traced_by=how, kernels=kernels)
+                graph = replace(traced, traced_by=how, kernels=kernels, precision=precision)
                 break
     return replace(graph, trace_note=" ".join(notes), batch_size=_batch_size(example))
 
@@ -200,8 +202,19 @@ def _dtype_name(dtype: torch.dtype) -> str:
 
 
 def _trace(
-    bare: ModelGraph, model: nn.Module, example: Any, loss: Loss | None, *, fake: bool
+    bare: ModelGraph,
+    model: nn.Module,
+    example: Any,
+    loss: Loss | None,
+    precision: str,
+    *,
+    fake: bool,
 ) -> ModelGraph:
+    def take_forward() -> tuple[torch.Tensor, Any]:
+        with autocast(model, precision):
+            output = call_model(model, example)
+            return scalar_loss(output, example, loss), output
+
     mode: Any = contextlib.nullcontext()
     if fake:
         mode = _fake_mode(model) or FakeTensorMode(allow_non_fake_inputs=True)
@@ -215,8 +228,7 @@ def _trace(
         attentions = Attentions(recorder)
         with spans, recorder:
             with attentions:
-                output = call_model(model, example)
-                value = scalar_loss(output, example, loss)
+                value, output = take_forward()
             if value.grad_fn is None:
                 raise ValueError("the loss does not depend on any parameter")
             flops = recorder.forward_flops
@@ -224,7 +236,8 @@ def _trace(
             read = read_nodes(names, value, spans, recorder, attentions.found, places)
         del output, value, recorder, attentions
     with _one_pass(model, mode):
-        memory, note = _see_memory(model, example, loss, read, places)
+        given = [leaf for leaf in tree_leaves(example) if isinstance(leaf, torch.Tensor)]
+        memory, note = _see_memory(take_forward, given, model, read, places, precision)
     return replace(
         bare,
         nodes=read.nodes,
@@ -243,20 +256,29 @@ def _one_pass(model: nn.Module, mode: Any) -> Iterator[None]:
         yield
 
 
+def autocast(model: nn.Module, precision: str) -> contextlib.AbstractContextManager[Any]:
+    """What a loop runs its forwards in at this precision."""
+    if precision == "fp32":
+        return contextlib.nullcontext()
+    device = next(model.parameters()).device
+    return torch.autocast(device.type, torch.bfloat16 if precision == "bf16" else torch.float16)
+
+
 def _see_memory(
-    model: nn.Module, example: Any, loss: Loss | None, read: Read, resting: set[int]
+    take_forward: Callable[[], tuple[torch.Tensor, Any]],
+    given: Sequence[torch.Tensor],
+    model: nn.Module,
+    read: Read,
+    resting: set[int],
+    precision: str,
 ) -> tuple[Memory | None, str]:
     """What a second step, with its backward, makes and lets go; else why that is not known."""
-
-    def take_forward() -> tuple[torch.Tensor, Any]:
-        output = call_model(model, example)
-        return scalar_loss(output, example, loss), output
-
-    given = [leaf for leaf in tree_leaves(example) if isinstance(leaf, torch.Tensor)]
     try:
-        return read_memory(take_forward, given, model, read, resting), ""
+        is_autocast = precision != "fp32"
+        memory = read_memory(take_forward, given, model, read, resting, is_autocast=is_autocast)
     except Exception as error:  # whatever a user's backward raises on stand-ins
         return None, f"memory: {_in_short(error)}"
+    return memory, ""
 
 
 def scalar_loss(output: Any, example: Any, loss: Loss | None) -> torch.Tensor:

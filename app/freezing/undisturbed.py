@@ -21,15 +21,16 @@ def undisturbed(model: nn.Module, *, with_values: bool) -> Iterator[None]:
     """Everything trainable, in train mode, nothing dropped; all as it was afterwards.
 
     Args:
-        with_values: put parameters' values back too. Under fake tensors operations that record a
-            gradient write none; where `data` was replaced by a fake one it is put back anyway.
+        with_values: put the values of floating parameters back too. A pass under fake tensors
+            writes none; where `data` was replaced by a fake one it is put back anyway.
     """
     flags = [(p, p.requires_grad, p.grad) for p in model.parameters()]
     places = [(p, p.data) for p in model.parameters()]
     modes = [(module, module.training) for module in model.modules()]
     attributes = _hold_attributes(model)
     dropped = [(m, name) for m in model.modules() for name in _depth_attributes(m)]
-    tensors = [*model.buffers(), *(model.parameters() if with_values else ())]
+    whole = (p for p in model.parameters() if not (p.is_floating_point() or p.is_complex()))
+    tensors = [*model.buffers(), *(model.parameters() if with_values else whole)]
     values = [(tensor, tensor.detach().clone()) for tensor in tensors]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)

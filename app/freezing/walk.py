@@ -40,7 +40,7 @@ class Walk:
         parameter_bytes: of each parameter, in model order; `reached_bytes` of those that backward
             reaches when everything trains, 0 for others.
         backward_flops: of each wire.
-        saved_bytes: of each wire.
+        saved_bytes: of each wire, as traced; `kept_bytes` tells of other batches.
         node_count: of each wire.
         layers: in model order.
         targets: for each parameter, what to say of a gradient on its way there.
@@ -70,9 +70,12 @@ class Walk:
         width = self.count + 1 + len(self._meet)
         self.backward_flops = [0] * width
         self.saved_bytes = [0] * width
+        self._fixed_bytes = [0] * width  # of those, copies of weights, which no batch makes larger
         self.node_count = [0] * width
-        for wire, size in frees.values():
+        fixed = graph.memory.fixed if graph.memory else frozenset()
+        for storage, (wire, size) in frees.items():
             self.saved_bytes[wire] += size
+            self._fixed_bytes[wire] += size if storage in fixed else 0
         for wire in wires:
             if wire >= 0:
                 self.node_count[wire] += 1
@@ -123,6 +126,15 @@ class Walk:
     def sum_live(self, values: Sequence[int | float], near: Sequence[int]) -> Any:
         """The sum of `values` over live wires."""
         return sum(compress(values, map(DEAD.__gt__, near)))
+
+    def kept_bytes(self, near: Sequence[int], scale: float) -> int:
+        """What forward keeps for backward.
+
+        Args:
+            scale: of all that grows with the batch, against the traced one.
+        """
+        fixed = self.sum_live(self._fixed_bytes, near)
+        return fixed + round((self.sum_live(self.saved_bytes, near) - fixed) * scale)
 
     def peak_bytes(self, near: Sequence[int], scale: float) -> int | None:
         """The most that a step holds beside weights and optimizer state; None where not known.

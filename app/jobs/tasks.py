@@ -17,7 +17,7 @@ from app.store import catalog, files
 from app.store.db import Database
 from app.store.tables import Model, Task
 
-SIZES_KEPT = 16  # graphs of one model at other sizes than its example's
+TRACES_KEPT = 16  # graphs of one model beside its own
 _CHANGED = "The model is another than was inspected: its code has changed. Add it again."
 
 
@@ -104,7 +104,7 @@ class Tasks:
             elif task.kind == "preview":
                 self._keep_traced(task, directory)
             elif task.kind == "trace":
-                self._keep_sized(task, directory)
+                self._keep_assumed(task, directory)
                 return
         except (ValueError, KeyError, TypeError) as error:
             noun = "inspection" if task.kind == "inspect" else task.kind
@@ -160,8 +160,8 @@ class Tasks:
         ):
             job_folder.write_document(path, document)
 
-    def _keep_sized(self, task: Task, directory: Path) -> None:
-        """Keep the graph of a model at other sizes, or why there is none; its oldest ones go.
+    def _keep_assumed(self, task: Task, directory: Path) -> None:
+        """Keep the graph of a model as a run is assumed, or why there is none; its oldest ones go.
 
         Of a model that was deleted, or that is another than was inspected, none is kept.
         """
@@ -169,11 +169,11 @@ class Tasks:
         if document is None or task.model_id is None:
             raise ValueError("it wrote none.")
         data_dir = self._settings.data_dir
-        path = files.sized_graph_path(data_dir, task.model_id, task.spec["sizes"])
+        path = files.assumed_graph_path(data_dir, task.model_id, task.spec["assumed"])
         draft = path.with_name(f".{path.name}")
         job_folder.write_document(draft, document)
 
-        def keep_sized(session: Session) -> None:
+        def keep_assumed(session: Session) -> None:
             row, model = session.get_one(Task, task.id), session.get(Model, task.model_id)
             if model is None:
                 draft.unlink()
@@ -183,11 +183,11 @@ class Tasks:
                 catalog.end_task(session, row, "failed", "bad_spec", _CHANGED)
             else:
                 draft.replace(path)
-                for old in files.sized_graph_paths(data_dir, model.id or 0)[:-SIZES_KEPT]:
+                for old in files.assumed_graph_paths(data_dir, model.id or 0)[:-TRACES_KEPT]:
                     old.unlink(missing_ok=True)
                 catalog.end_task(session, row, "succeeded")
 
-        self._db.write(keep_sized)
+        self._db.write(keep_assumed)
         files.remove_folder(self._folder(task))
 
     def _folder(self, task: Task) -> Path:

@@ -183,9 +183,9 @@ def _run(
         job_folder.write_document(directory / "graph.json", document)
         return "succeeded", 0
     if spec["kind"] == "trace":
-        from app.sources.traces import trace_at_sizes
+        from app.sources.traces import trace_as_assumed
 
-        found = trace_at_sizes(built, spec["sizes"], spec["traced_by"], kernels)
+        found = trace_as_assumed(built, spec["assumed"], spec["traced_by"], kernels)
         job_folder.write_document(directory / "graph.json", found)
         return "succeeded", 0
     if is_preview:
@@ -219,8 +219,11 @@ def _run(
         from app.freezing.calibrate import calibrate_model
         from app.freezing.trace import trace_model
 
-        graph = trace_model(built.model, built.example, loss=built.loss, kernels=kernels)
+        # Always as the CPU runs it that is timed; a plan for a GPU is made of another graph.
+        graph = trace_model(built.model, built.example, loss=built.loss)
         timed = calibrate_model(built.model.to(device), built.example, graph, loss=built.loss)
+        if kernels != graph.kernels:
+            timed["graph"] = graph.to_document()
         job_folder.write_document(directory / job_folder.FOUND, timed)
         return "succeeded", 0
     data = None
@@ -272,7 +275,7 @@ _NEEDED: dict[str, tuple[str, ...]] = {  # beside a model; others need a dataset
     "inspect": (),
     "mechanisms": (),
     "calibrate": (),
-    "trace": ("sizes", "traced_by"),
+    "trace": ("assumed", "traced_by"),
 }
 
 

@@ -81,7 +81,7 @@ class Models(Ground):
         task = self._db.write(delete)
         for place in (files.graph_path, files.model_card_path, files.timing_path):
             place(self._settings.data_dir, model_id).unlink(missing_ok=True)
-        for path in files.sized_graph_paths(self._settings.data_dir, model_id):
+        for path in files.assumed_graph_paths(self._settings.data_dir, model_id):
             path.unlink(missing_ok=True)
         if task is not None and task.state == "stopping":
             self._runner.wake()

@@ -7,7 +7,7 @@ import stat
 import uuid
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 
 def job_folder(data_dir: Path, job_id: int) -> Path:
@@ -30,14 +30,14 @@ def timing_path(data_dir: Path, model_id: int) -> Path:
     return data_dir / "graphs" / f"{model_id}.timing.json"
 
 
-def sized_graph_path(data_dir: Path, model_id: int, sizes: Mapping[str, int]) -> Path:
-    """Where the graph of a model lies that was traced at other sizes than its example's."""
-    words = ",".join(f"{name}={size}" for name, size in sorted(sizes.items()))
+def assumed_graph_path(data_dir: Path, model_id: int, assumed: Mapping[str, Any]) -> Path:
+    """Where the graph of a model lies that was traced at other sizes or at another precision."""
+    words = ",".join(f"{name}={value}" for name, value in sorted(assumed.items()))
     return data_dir / "graphs" / f"{model_id}.{words}.json"
 
 
-def sized_graph_paths(data_dir: Path, model_id: int) -> list[Path]:
-    """The graphs of a model at other sizes, the oldest first."""
+def assumed_graph_paths(data_dir: Path, model_id: int) -> list[Path]:
+    """The graphs of a model beside its own, the oldest first."""
     written: list[tuple[int, Path]] = []
     for path in (data_dir / "graphs").glob(f"{model_id}.*=*.json"):
         with contextlib.suppress(FileNotFoundError):  # removed in this moment

@@ -9,6 +9,7 @@ import httpx2
 import pytest
 import torch
 
+from app.freezing.assume import Assumption
 from app.freezing.config import parse_config
 from app.freezing.plan import plan_config
 from app.freezing.trace import trace_model
@@ -233,10 +234,36 @@ def test_a_plan_is_that_of_a_trace_at_the_size(
             assert told["cost"] == direct["cost"]
 
 
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_a_precision_is_traced_like_a_size(
+    api: httpx2.Client, shelf: Path, bert: int, precision: str
+) -> None:
+    built = build(BERT, shelf)
+    for assume, example in (({}, built.example), ({"sequence_length": 40}, of_length(40))):
+        graph = trace_model(built.model, example, loss=built.loss, precision=precision)
+        told = plan(api, bert, FREEZES[1], precision=precision, **assume)
+        config = parse_config(FREEZES[1])
+        direct = plan_config(graph, config, Assumption(precision=precision)).document()
+        assert not_assumed(told) == []
+        for part in ("fits", "assumed"):
+            direct["cost"].pop(part), told["cost"].pop(part)
+        assert told["cost"] == direct["cost"]
+
+
+def test_where_a_size_is_refused_the_precision_is_traced_all_the_same(
+    api: httpx2.Client, bert: int
+) -> None:
+    told = plan(api, bert, precision="bf16", sequence_length=65)
+    (said,) = not_assumed(told)
+    assert "sequence length of 65 was not applied: the model refuses it" in said
+    assert told["cost"] == plan(api, bert, precision="bf16")["cost"]
+
+
 def test_a_size_and_a_batch_are_assumed_together(api: httpx2.Client, bert: int) -> None:
     one, two = (plan(api, bert, sequence_length=40, batch_size=n)["cost"] for n in (4, 8))
     assert two["forward_flops"] == 2 * one["forward_flops"]
-    assert two["activation_bytes"] == 2 * one["activation_bytes"]
+    # But for places of words, of which no batch keeps more.
+    assert two["activation_bytes"] == 2 * one["activation_bytes"] - 40 * 8
     assert (one["assumed"]["batch_size"], one["assumed"]["sequence_length"]) == (4, 40)
 
 

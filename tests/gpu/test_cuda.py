@@ -4,10 +4,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch.utils._pytree import tree_map_only
 
 from app.freezing.config import parse_config
-from app.freezing.trace import trace_model
+from app.freezing.trace import autocast, trace_model
 from app.sources.models import BuiltModel
 from app.training.checkpoint import checkpoint_path
 from app.training.loop import train
@@ -15,7 +14,6 @@ from app.training.recipe import parse_recipe
 from tests.unit.models import make
 from tests.unit.peaks import choose, foretell, see
 from tests.unit.runs import Told, Wish, freeze, make_data
-from tests.zoo.library import build_library_model
 from tests.zoo.observe import observe
 
 pytestmark = [
@@ -78,13 +76,27 @@ def test_the_peak_on_the_gpu_is_foretold(dropout: float, which: str) -> None:
     assert cost["peak_bytes"] == pytest.approx(seen, rel=0.1)
 
 
-@pytest.mark.parametrize("name", ["bert", "gpt2", "t5", "vit", "resnet"])
-def test_what_is_kept_for_backward_on_the_gpu_is_foretold(name: str) -> None:
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("name", ["Bert", "GPT2", "Llama"])
+def test_what_is_kept_for_backward_on_the_gpu_is_foretold(name: str, precision: str) -> None:
+    """With dropout where the library has it, and groups of queries in Llama's attention."""
+    transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
-    model, example = build_library_model(name)
+    options = {"vocab_size": 1000, "hidden_size": 256, "num_hidden_layers": 4}
+    options |= {"num_attention_heads": 8, "intermediate_size": 512}
+    options |= {"num_key_value_heads": 2} if name == "Llama" else {}
+    model = getattr(transformers, f"{name}Model")(getattr(transformers, f"{name}Config")(**options))
     model.train()
-    graph = trace_model(model, example, kernels="cuda")
+    graph = trace_model(
+        model,
+        {"input_ids": torch.randint(0, 1000, (2, 128))},
+        kernels="cuda",
+        precision=precision,
+    )
     names = {p.name for p in graph.parameters if p.floating}
-    on_gpu = tree_map_only(torch.Tensor, torch.Tensor.cuda, example)
-    kept = observe(model.cuda(), on_gpu, names).saved_bytes
-    assert foretell(graph, sorted(names))["activation_bytes"] == pytest.approx(kept, rel=0.1)
+    example = {"input_ids": torch.randint(0, 1000, (8, 128), device="cuda")}
+    model.cuda()
+    with autocast(model, precision):
+        kept = observe(model, example, names).saved_bytes
+    cost = foretell(graph, sorted(names), batch_size=8, precision=precision)
+    assert cost["activation_bytes"] == pytest.approx(kept, rel=0.1)

@@ -12,7 +12,7 @@ from app.freezing.config import parse_config
 from app.freezing.graph import ModelGraph
 from app.freezing.held import measure_peak
 from app.freezing.plan import plan_config
-from app.freezing.trace import call_model, scalar_loss
+from app.freezing.trace import autocast, call_model, scalar_loss
 
 SETS: dict[str, Callable[[int, int], bool]] = {
     "everything": lambda i, n: True,
@@ -39,7 +39,14 @@ def foretell(graph: ModelGraph, trained: list[str], **assumed: Any) -> dict[str,
     return dict(plan_config(graph, config, Assumption(**assumed)).cost)
 
 
-def see(model: nn.Module, example: Any, trained: list[str], optimizer: str = "sgd") -> int:
+def see(
+    model: nn.Module,
+    example: Any,
+    trained: list[str],
+    optimizer: str = "sgd",
+    *,
+    precision: str = "fp32",
+) -> int:
     """The most that a real step holds that trains these parameters."""
     model.train()
     for name, parameter in model.named_parameters():
@@ -53,9 +60,11 @@ def see(model: nn.Module, example: Any, trained: list[str], optimizer: str = "sg
     )
 
     def take_step() -> None:
-        output = call_model(model, example)
-        scalar_loss(output, example, None).backward()
-        del output
+        with autocast(model, precision):
+            output = call_model(model, example)
+            loss = scalar_loss(output, example, None)
+        loss.backward()
+        del output, loss
         made.step()
         made.zero_grad()
 

@@ -159,12 +159,17 @@ def test_an_assumption_that_was_not_applied_is_said() -> None:
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
-def test_what_autocast_keeps_is_said_to_be_estimated(precision: str) -> None:
-    for name, is_traced in (("plain", True), ("stubborn", False)):
-        graph = trace_model(*MAKERS[name]())
-        assume = parse_assumption({"precision": precision})
-        codes = {w.code for w in plan_config(graph, parse_config({}), assume).warnings}
-        assert ("precision_estimated" in codes) is (is_traced and precision != "fp32")
+def test_what_autocast_keeps_is_called_a_guess_where_it_is_one(precision: str) -> None:
+    for name, traced_at, is_guess in (
+        ("plain", "fp32", precision != "fp32"),
+        ("plain", precision, False),
+        ("stubborn", "fp32", False),  # not traced at all, which is said
+    ):
+        graph = trace_model(*MAKERS[name](), precision=traced_at)
+        plan_made = plan_config(graph, parse_config({}), parse_assumption({"precision": precision}))
+        said = [w.message for w in plan_made.warnings if w.code == "not_assumed"]
+        assert bool(said) is is_guess
+        assert all("a guess, half of what fp32 keeps" in message for message in said)
 
 
 def test_reentrant_checkpointing_is_said_to_cut_only_where_it_does() -> None:
@@ -189,4 +194,4 @@ def test_the_page_of_findings_lists_each_and_no_other() -> None:
     raised = set(re.findall(r'Finding\(\s*"(\w+)"', "".join(sources)))
     assert len(listed) == len(set(listed))
     assert set(listed) == raised
-    assert raised == {*CASES, "not_assumed", "precision_estimated"}
+    assert raised == {*CASES, "not_assumed", "traced_for_a_cpu"}

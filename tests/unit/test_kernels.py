@@ -1,6 +1,8 @@
 """What a model keeps on a GPU, traced where there is none; tests/gpu asks a real one."""
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -8,20 +10,24 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from sqlmodel import select
 from torch import nn
 
 from app.freezing.calibrate import calibrate_model
+from app.freezing.config import parse_config
 from app.freezing.graph import ModelGraph
 from app.freezing.kernels import kernels_of
+from app.freezing.plan import plan_config
 from app.freezing.timing import read_timing
 from app.freezing.trace import trace_model
+from app.jobs import folder as job_folder
 from app.service import Service
 from app.settings import Settings
 from app.store.db import Database
 from app.store.tables import Task
 from tests.unit.peaks import SETS, choose, foretell, see
 from tests.unit.test_memory import attention
-from tests.unit.test_service import Quiet
+from tests.unit.test_service import Quiet, make_ready
 from tests.zoo.library import build_library_model
 from tests.zoo.observe import observe
 
@@ -92,11 +98,76 @@ def test_nothing_is_dropped_twice_or_in_eval_mode() -> None:
         assert F.dropout(x, 0.5, inplace=True) is x
 
 
-def test_a_model_traced_for_a_gpu_can_be_timed_on_a_cpu() -> None:
+def test_what_a_cpu_was_timed_with_predicts_its_steps_whatever_the_plan_is_of() -> None:
+    """A plan for a GPU is made of another graph than the one that can be timed here."""
     model, example = MODELS["encoder"]()
-    graph = trace_model(model, example, kernels="cuda")
-    timing = read_timing(calibrate_model(model, example, graph, seconds=0.1), graph)
-    assert timing is not None
+    gpu, cpu = trace_model(model, example, kernels="cuda"), trace_model(model, example)
+    timed = calibrate_model(model, example, cpu, seconds=0.1)
+    assert read_timing(timed, gpu) is None
+    timing = read_timing(json.loads(json.dumps({**timed, "graph": cpu.to_document()})), gpu)
+    own = read_timing(timed, cpu)
+    config = parse_config({"rules": [{"action": "freeze", "match": "layers.0"}]})
+    told = plan_config(gpu, config, timing=timing).cost["predicted_step_ms"]
+    assert told == plan_config(cpu, config, timing=own).cost["predicted_step_ms"] > 0
+
+
+def test_a_device_is_said_to_have_room_only_by_its_own_kernels() -> None:
+    model, example = MODELS["encoder"]()
+    devices = {"cpu": 2**40, "cuda:0": 2**40}
+    for kind, known in (("cpu", "cpu"), ("cuda", "cuda:0")):
+        graph = trace_model(model, example, kernels=kind)
+        plan = plan_config(graph, parse_config({}), devices=devices)
+        assert plan.cost["fits"] == {known: True}
+        codes = {warning.code for warning in plan.warnings}
+        assert ("traced_for_a_cpu" in codes) is (kind == "cpu")
+        tiny = plan_config(graph, parse_config({}), devices={"cpu": 9, "cuda:0": 9})
+        assert tiny.cost["fits"] == {"cpu": False, "cuda:0": False}
+
+
+@pytest.mark.parametrize(
+    ("make", "is_fused"),
+    [
+        (lambda: ([torch.randn(2, 4, 6, 8)] * 3, {}), True),
+        (lambda: ([torch.randn(2, 4, 6, 8)] * 3, {"is_causal": True, "scale": 0.5}), True),
+        (
+            lambda: (
+                [torch.randn(2, 4, 6, 8), *[torch.randn(2, 2, 6, 8)] * 2],
+                {"enable_gqa": True},
+            ),
+            False,
+        ),
+        (
+            lambda: (
+                [torch.randn(2, 4, 6, 8).bfloat16(), *[torch.randn(2, 2, 6, 8).bfloat16()] * 2],
+                {"enable_gqa": True},
+            ),
+            True,
+        ),
+        (lambda: ([torch.randn(4, 6, 8)] * 3, {}), False),
+        (lambda: ([torch.randn(2, 4, 6, 8).double()] * 3, {}), False),
+    ],
+    ids=["plain", "causal", "groups", "groups in bf16", "three dimensions", "float64"],
+)
+def test_attention_is_fused_where_a_gpu_fuses_it(make: Callable[[], Any], is_fused: bool) -> None:
+    """And is the same attention, whichever way it runs."""
+    tensors, options = make()
+    tensors = [tensor.requires_grad_() for tensor in tensors]
+    expected = F.scaled_dot_product_attention(*tensors, **options)
+    with kernels_of("cuda"):
+        result = F.scaled_dot_product_attention(*tensors, **options)
+    assert torch.allclose(result.float(), expected.float(), atol=2e-2 if is_fused else 1e-5)
+    name = result.grad_fn.name() if result.grad_fn else ""
+    assert ("Flash" in name) is is_fused
+
+
+def test_one_inside_another_ends_alone_and_leaves_what_was_there() -> None:
+    mine = F.dropout
+    with kernels_of("cuda"):
+        replaced = F.dropout
+        with kernels_of("cuda"), kernels_of("cpu"):
+            pass
+        assert F.dropout is replaced
+    assert F.dropout is mine
 
 
 def test_whose_operations_they_are_survives_json_and_an_older_graph_is_a_cpus() -> None:
@@ -108,12 +179,38 @@ def test_whose_operations_they_are_survives_json_and_an_older_graph_is_a_cpus() 
 
 
 def test_where_there_is_a_gpu_models_are_traced_for_it(tmp_path: Path) -> None:
+    """What is asked of a worker; a size and a calibration go by the model's own graph."""
     db = Database(tmp_path / "frostline.db")
     service = Service(Settings(data_dir=tmp_path), db, WithGpu())
     service.add_model({"uri": "demo:digits"})
+    graph = trace_model(MODELS["encoder"]()[0], torch.randn(4, 12, 32), kernels="cuda")
+    (tmp_path / "graphs").mkdir()
+    job_folder.write_document(
+        tmp_path / "graphs" / "1.json", {**graph.to_document(), "sequence_length": 12}
+    )
+    db.write(make_ready)
+    service.make_plan(1, {"assume": {"sequence_length": 24}})
+    service.calibrate(1)
+    service.preview_dataset({"model_id": 1, "dataset": {"uri": "demo:digits"}})
     with db.read() as session:
-        assert session.get_one(Task, 1).spec["kernels"] == "cuda"
+        asked = {task.kind: task.spec["kernels"] for task in session.exec(select(Task))}
+    assert asked == dict.fromkeys(("inspect", "trace", "calibrate", "preview"), "cuda")
     db.close()
+
+
+@pytest.mark.parametrize("kernels", ["cpu", "cuda"])
+def test_a_worker_traces_as_it_is_told(tmp_path: Path, kernels: str) -> None:
+    for kind, more in (
+        ("inspect", {}),
+        ("trace", {"assumed": {"image_size": 16}, "traced_by": "fake"}),
+    ):
+        folder = tmp_path / kind
+        spec = {"kind": kind, "model": {"uri": "demo:digits"}, "kernels": kernels, **more}
+        job_folder.write_spec(folder, {**spec, "code_dirs": [], "file_dirs": [], "threads": 1})
+        command = [sys.executable, "-m", "app.jobs.worker", str(folder)]
+        subprocess.run(command, check=True, capture_output=True, timeout=120)
+        document = job_folder.read_document(folder / "attempts" / "1" / "graph.json") or {}
+        assert document.get("graph", document)["kernels"] == kernels
 
 
 class WithGpu(Quiet):

@@ -169,7 +169,7 @@ def test_a_trace_that_fails_says_why_and_is_tried_again_after_a_while(service: A
             return list(catalog.tasks_of_model(session, 1, "trace"))
 
     (task,) = tasks()
-    assert task.spec["sizes"] == {"sequence_length": 6}
+    assert task.spec["assumed"] == {"sequence_length": 6}
     db.write(
         lambda session: catalog.end_task(
             session, session.get_one(Task, task.id), "failed", "disk_full", "The disk is full."

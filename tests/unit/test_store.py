@@ -164,13 +164,15 @@ def test_logs_may_go_while_they_are_read(tmp_path: Path) -> None:
     done = threading.Event()
 
     def come_and_go() -> None:
-        for _ in range(300):
-            for number in (1, 2):
-                directory = tmp_path / "1" / "attempts" / str(number)
-                directory.mkdir(parents=True)
-                (directory / "log.txt").write_text("a word\n")
-            files.remove_folder(tmp_path / "1")
-        done.set()
+        try:
+            for _ in range(100):
+                for number in (1, 2):
+                    directory = tmp_path / "1" / "attempts" / str(number)
+                    directory.mkdir(parents=True)
+                    (directory / "log.txt").write_text("a word\n")
+                files.remove_folder(tmp_path / "1")
+        finally:
+            done.set()
 
     coming = threading.Thread(target=come_and_go)
     coming.start()

@@ -157,3 +157,19 @@ def test_a_fake_pass_writes_no_real_weight(write: Callable[[torch.Tensor], objec
     weight = model.weight.detach().clone()
     assert trace_model(model, torch.randn(2, 4)).traced_by == "fake"
     assert torch.equal(model.weight, weight)
+
+
+@pytest.mark.parametrize("codes", [torch.ones(3, dtype=torch.int8), torch.tensor(1)])
+def test_a_fake_pass_changes_no_whole_number_for_good(codes: torch.Tensor) -> None:
+    class Counted(nn.Linear):
+        def __init__(self) -> None:
+            super().__init__(4, 3)
+            self.codes = nn.Parameter(codes.clone(), requires_grad=False)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            self.codes.mul_(2)
+            return super().forward(x)
+
+    model = Counted()
+    assert trace_model(model, torch.randn(2, 4)).traced_by == "fake"
+    assert torch.equal(model.codes, codes)

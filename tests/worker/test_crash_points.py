@@ -44,7 +44,7 @@ ELSEWHERE = {
     "runner._restart_what_is_due:": "the kill loop",
     "tasks._keep:": "tasks that fail, and previews; tests/worker/test_runner.py",
     "tasks._keep_traced:": "one document, written whole; tests/contract/test_own_data.py",
-    "tasks.keep_sized:unlink": "a deleted model, the oldest of many; tests/contract/test_sizes.py",
+    "tasks.keep_assumed:unlink": "a deleted model, the oldest; tests/contract/test_sizes.py",
     "tasks.attend:": "tasks that fail or are stopped; tests/worker/test_runner.py",
     "tasks.start:write:2": "a start that fails; tests/worker/test_runner.py",
     "folder.write_exit:write_document": "the keeper's; tests/worker/test_warm.py",
@@ -119,7 +119,7 @@ def play_server(data_dir: Path) -> None:
         models, found = house.service.list_models(), house.service.list_jobs()
         traces = find_traces(house)
         if models[0]["state"] == "ready" and not traces:
-            spec = {"kind": "trace", "model": {"uri": "demo:three-layers"}, "sizes": SIZES}
+            spec = {"kind": "trace", "model": {"uri": "demo:three-layers"}, "assumed": SIZES}
             task = Task(kind="trace", model_id=INSPECTED, spec=spec)
             house.db.write(lambda session, task=task: session.add(task))
         ended = [one["state"] in ("ready", "succeeded") for one in (*models, *found)]
@@ -168,7 +168,7 @@ SERVER_STAGE = """if True:
 
 def check_server(data_dir: Path) -> None:
     """The job stands there once, whole, and what was found of the sizes."""
-    document = job_folder.read_document(files.sized_graph_path(data_dir, INSPECTED, SIZES))
+    document = job_folder.read_document(files.assumed_graph_path(data_dir, INSPECTED, SIZES))
     assert document is not None
     assert document["refused"] == SIZES
     metrics, _ = replay(data_dir / "jobs" / "1")

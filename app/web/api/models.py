@@ -13,7 +13,7 @@ from app.web.stream import LOOK_S, is_closing
 
 router = APIRouter(prefix="/models", tags=["models"], dependencies=[Depends(signed_in)])
 
-# So long a plan waits for a trace at the sizes that it assumes.
+# So long a plan waits for a trace of what it assumes.
 PATIENCE_S = 20.0
 RULES = [{"action": "freeze", "match": "layer1.**"}]
 
@@ -57,14 +57,15 @@ def read_tree(service: Verbs, model_id: Id) -> Answer:
 async def make_plan(request: Request, service: Verbs, model_id: Id, body: Body) -> Answer:
     """What a freeze config does to this model: states, flow, cost, warnings.
 
-    A `sequence_length` or `image_size` in `assume` that the model was not traced at yet is waited
-    for, 20 seconds at most; the finding `not_assumed` says why the figures are not of that size.
+    A `sequence_length`, `image_size` or `precision` in `assume` that the model was not traced at
+    yet is waited for, 20 seconds at most; the finding `not_assumed` says why the figures are not of
+    it.
     """
-    await _wait_for_sizes(request.app, service, model_id, body)
+    await _wait_for_trace(request.app, service, model_id, body)
     return Answer(await run_in_threadpool(service.make_plan, model_id, body))
 
 
-async def _wait_for_sizes(app: FastAPI, service: Service, model_id: int, body: Document) -> None:
+async def _wait_for_trace(app: FastAPI, service: Service, model_id: int, body: Document) -> None:
     """Until nothing is being traced for a plan, or patience ends; it holds no thread meanwhile."""
     end = monotonic() + PATIENCE_S
     while not is_closing(app):

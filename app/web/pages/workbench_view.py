@@ -49,7 +49,7 @@ def build_view(
     Args:
         plan_before: the plan that the page shows already; the states are those that differ.
         with_rows: whether the rows of the tree are wanted, or their states alone.
-        is_tracing: the figures are still those of the example, for a size that is being traced.
+        is_tracing: the figures are still those of the model's own graph; another is being made.
     """
     states = tree.read_states(graph, plan)
     found = None
@@ -77,7 +77,7 @@ def build_view(
         norm_statistics=choice.policies["norm_statistics"],
         dropout=choice.policies["dropout"],
         plan=plan_panel(graph, plan, is_tracing=is_tracing),
-        tracing=sizes_in_words(choice, graph) if is_tracing else "",
+        tracing=untraced_in_words(choice, graph) if is_tracing else "",
         assume=assume_fields(choice),
         states=json.dumps(tree.changed_states(before, states, places), separators=(",", ":")),
         address=choice.address(),
@@ -155,20 +155,24 @@ def assume_fields(choice: Choice) -> list[Field]:
     return fields
 
 
-def sizes_in_words(choice: Choice, graph: ModelGraph) -> str:
-    """The sizes that are assumed, where they are not those of the model's own example."""
+def untraced_in_words(choice: Choice, graph: ModelGraph) -> str:
+    """The sizes and the precision that are assumed, where the model's own graph is not of them."""
     assumed = assumption(choice)[0]
-    words = {"sequence_length": "{:,} tokens", "image_size": "images of {0:,} × {0:,}"}
-    sizes = {name: assumed[name] for name in words if name in assumed}
+    words = {
+        "sequence_length": "{:,} tokens",
+        "image_size": "images of {0:,} × {0:,}",
+        "precision": "{}",
+    }
+    known = {name: assumed[name] for name in words if name in assumed}
     return " and ".join(
-        words[name].format(size) for name, size in sizes.items() if size != getattr(graph, name)
+        words[name].format(value) for name, value in known.items() if value != getattr(graph, name)
     )
 
 
 def plan_panel(graph: ModelGraph, plan: Document, *, is_tracing: bool = False) -> PlanPanel:
     """The right side of the workbench from a plan document.
 
-    While a size is being traced the page says so in one line, not as a finding.
+    While the model is being traced the page says so in one line, not as a finding.
     """
     cost, full = plan["cost"], plan["cost"].get("full") or {}
     sizes, weights = tree.outline(graph).sizes, tree.outline(graph).nbytes

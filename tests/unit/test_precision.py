@@ -1,0 +1,116 @@
+"""What a step keeps and holds under autocast: foretold by a trace, and seen in a real one."""
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from app.freezing.graph import ModelGraph
+from app.freezing.kernels import kernels_of
+from app.freezing.trace import autocast, trace_model
+from tests.unit.peaks import SETS, choose, foretell, see
+from tests.unit.test_memory import attention, checkpoints, convolutions, perceptron
+from tests.zoo.library import build_library_model
+from tests.zoo.observe import observe
+
+Build = Callable[[], tuple[nn.Module, Callable[[int], Any]]]
+OWN: dict[str, Build] = {
+    build.__name__: build for build in (perceptron, convolutions, attention, checkpoints)
+}
+
+
+@pytest.mark.parametrize("which", sorted(SETS))
+@pytest.mark.parametrize("kernels", ["cpu", "cuda"])
+@pytest.mark.parametrize("name", sorted(OWN))
+def test_what_autocast_keeps_is_foretold_for_any_freeze_set(
+    name: str, kernels: str, which: str
+) -> None:
+    """At another batch size than was traced: copies of weights do not grow with it."""
+    torch.manual_seed(0)
+    model, make_example = OWN[name]()
+    model.train()
+    graph = trace_model(model, make_example(2), kernels=kernels, precision="bf16")
+    trained = choose(graph, which)
+    cost = foretell(graph, trained, batch_size=24, optimizer="sgd", precision="bf16")
+    example = make_example(24)
+    with kernels_of(kernels):
+        with autocast(model, "bf16"):
+            seen = observe(model, example, set(trained))
+        peak = see(model, example, trained, precision="bf16")
+    assert seen.reached == set(trained)
+    if name != "checkpoints":  # of which what a checkpoint itself holds is not called saved
+        assert cost["activation_bytes"] == pytest.approx(seen.saved_bytes, rel=0.01)
+    assert cost["peak_bytes"] == pytest.approx(peak, rel=0.05)
+
+
+@pytest.mark.parametrize("which", ["everything", "the end", "every third"])
+@pytest.mark.parametrize("kernels", ["cpu", "cuda"])
+@pytest.mark.parametrize("name", ["bert", "gpt2", "llama", "vit", "resnet", "mixtral"])
+def test_what_autocast_keeps_of_a_librarys_model_is_foretold(
+    name: str, kernels: str, which: str
+) -> None:
+    torch.manual_seed(0)
+    model, example = build_library_model(name)
+    model.train()
+    graph = trace_model(model, example, kernels=kernels, precision="bf16")
+    assert graph.traced_by == "fake", graph.trace_note
+    trained = choose(graph, which)
+    cost = foretell(graph, trained, optimizer="sgd", precision="bf16")
+    with kernels_of(kernels):
+        with autocast(model, "bf16"):
+            seen = observe(model, example, set(trained))
+        peak = see(model, example, trained, precision="bf16")
+    assert cost["activation_bytes"] == pytest.approx(seen.saved_bytes, rel=0.02)
+    assert cost["peak_bytes"] == pytest.approx(peak, rel=0.05)
+
+
+@pytest.mark.parametrize("kernels", ["cpu", "cuda"])
+def test_a_precision_changes_no_flow(kernels: str) -> None:
+    """As many FLOPs, and backward goes the same way."""
+    model, make_example = attention()
+    wide, narrow = (
+        trace_model(model, make_example(2), kernels=kernels, precision=precision)
+        for precision in ("fp32", "bf16")
+    )
+    assert wide.forward_flops == narrow.forward_flops
+    for which in SETS:
+        trained = choose(wide, which)
+        assert trained == choose(narrow, which)
+        one, other = foretell(wide, trained), foretell(narrow, trained, precision="bf16")
+        assert one["step_flops"] == other["step_flops"]
+
+
+def test_a_gpu_takes_norms_and_softmax_in_float32_under_autocast() -> None:
+    x = torch.ones(2, 4, dtype=torch.bfloat16)
+    takes = {
+        "layer_norm": lambda: torch.nn.functional.layer_norm(x, (4,)),
+        "softmax": lambda: torch.nn.functional.softmax(x, -1),
+        "cross_entropy": lambda: torch.nn.functional.cross_entropy(x, torch.tensor([0, 1])),
+    }
+    for take in takes.values():
+        with kernels_of("cuda"):
+            with torch.autocast("cpu", torch.bfloat16):
+                assert take().dtype == torch.float32
+            assert take().dtype == torch.bfloat16
+
+
+def test_fp16_keeps_as_much_as_bf16() -> None:
+    model, make_example = perceptron()
+    kept = [
+        foretell(trace_model(model, make_example(2), precision=precision), ["0.weight"],
+                 precision=precision)["activation_bytes"]
+        for precision in ("bf16", "fp16")
+    ]  # fmt: skip
+    assert kept[0] == kept[1] > 0
+
+
+def test_the_precision_survives_json_and_an_older_graph_is_float32s() -> None:
+    model, make_example = perceptron()
+    graph = trace_model(model, make_example(2), precision="bf16")
+    document = json.loads(json.dumps(graph.to_document()))
+    assert ModelGraph.from_document(document) == graph
+    del document["precision"]
+    assert ModelGraph.from_document(document).precision == "fp32"
