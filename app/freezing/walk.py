@@ -70,12 +70,13 @@ class Walk:
         width = self.count + 1 + len(self._meet)
         self.backward_flops = [0] * width
         self.saved_bytes = [0] * width
-        self._fixed_bytes = [0] * width  # of those, copies of weights, which no batch makes larger
+        self._fixed: list[tuple[int, int]] = []  # (wire, bytes) of those that no batch makes larger
         self.node_count = [0] * width
         fixed = graph.memory.fixed if graph.memory else frozenset()
         for storage, (wire, size) in frees.items():
             self.saved_bytes[wire] += size
-            self._fixed_bytes[wire] += size if storage in fixed else 0
+            if storage in fixed:
+                self._fixed.append((wire, size))
         for wire in wires:
             if wire >= 0:
                 self.node_count[wire] += 1
@@ -133,7 +134,7 @@ class Walk:
         Args:
             scale: of all that grows with the batch, against the traced one.
         """
-        fixed = self.sum_live(self._fixed_bytes, near)
+        fixed = sum(size for wire, size in self._fixed if near[wire] < DEAD)
         return fixed + round((self.sum_live(self.saved_bytes, near) - fixed) * scale)
 
     def peak_bytes(self, near: Sequence[int], scale: float) -> int | None:
