@@ -254,7 +254,9 @@ if __name__ == "__main__":
     parser.add_argument("names", nargs="*", help=f"only these of {', '.join(MODELS)}")
     parser.add_argument("--bytes", action="store_true", help="leave the times of steps out")
     parser.add_argument("--precision", choices=PRECISIONS, default="fp32", help="of the bytes")
-    parser.add_argument("--seconds", type=float, default=3.0, help="for each calibration")
+    parser.add_argument(
+        "--seconds", type=float, default=10.0, help="for each calibration; a worker's 20"
+    )
     parser.add_argument(
         "--cpu-time", action="store_true", help="one thread, its CPU time: for a busy machine"
     )
