@@ -117,10 +117,10 @@ def _cost_of(graph: ModelGraph, share: Share, assume: Assumption) -> dict[str, A
     if graph.nodes:
         forward = round(graph.forward_flops * scale)
         backward = round(walk.sum_live(walk.backward_flops, share.near) * scale)
-        # A guess, and called one, until the model was traced at that precision.
-        guessed = scale if assume.precision == graph.precision else scale / 2
-        activations = walk.kept_bytes(share.near, guessed)
-        held = walk.peak_bytes(share.near, guessed)
+        # Half is a guess, and called one, until the model was traced at that precision.
+        growth = scale if assume.precision == graph.precision else scale / 2
+        activations = walk.kept_bytes(share.near, growth)
+        held = walk.peak_bytes(share.near, growth)
         if held is not None:
             at_once = graph.kernels == "cuda"
             update = gradient_bytes + _update_bytes(stepped, assume.optimizer, at_once)

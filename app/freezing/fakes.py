@@ -73,14 +73,15 @@ def _is_number(tensor: Tensor) -> bool:
 
 def enter_known(mode: FakeTensorMode, tensor: Tensor) -> Tensor:
     """A fake tensor in place of one of the example's; whole numbers stay known."""
-    if isinstance(tensor, FakeTensor) or not (_is_whole(tensor) and _is_small(tensor)):
+    if isinstance(tensor, FakeTensor) or not (is_whole(tensor) and _is_small(tensor)):
         return mode.from_tensor(tensor)
     with unset_fake_temporarily():
         values = tensor.clone()  # a forward may write into it
     return mode.fake_tensor_converter.from_real_tensor(mode, values, make_constant=True)
 
 
-def _is_whole(tensor: Tensor) -> bool:
+def is_whole(tensor: Tensor) -> bool:
+    """Whether its numbers are whole ones, or truths: of those a forward looks at values."""
     return not (tensor.is_floating_point() or tensor.is_complex())
 
 
@@ -129,7 +130,7 @@ def _keep_from_writing(func: Any, args: Any, kwargs: Mapping[str, Any]) -> Any:
 
     def keep(tensor: Tensor) -> Tensor:
         is_fake = isinstance(tensor, FakeTensor)
-        return tensor if is_fake or _is_whole(tensor) else mode.from_tensor(tensor)
+        return tensor if is_fake or is_whole(tensor) else mode.from_tensor(tensor)
 
     return tree_map_only(Tensor, keep, (args, kwargs))
 

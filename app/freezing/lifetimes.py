@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from app.freezing.fakes import run_operation
+from app.freezing.fakes import is_whole, run_operation
 from app.freezing.graph import Node
 from app.freezing.hidden import nodes_in_order
 from app.freezing.memory import Change, Memory
@@ -99,8 +99,7 @@ class _Saved:
         self.number = number
         self.stand_in: torch.Tensor | None = None
         # Whole numbers are looked at: places, truths, pivots.
-        is_whole = not (tensor.is_floating_point() or tensor.is_complex())
-        self.values = tensor.detach().clone() if is_whole else None
+        self.values = tensor.detach().clone() if is_whole(tensor) else None
 
 
 class _Watch(TorchDispatchMode):

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from app.freezing.fakes import is_whole
+
 _HELD_AT_MOST = 100_000  # containers; what lies deeper is no module's own state
 _DICTS = (dict, OrderedDict, defaultdict)  # not what derives from them: some refuse to be changed
 _NOT_ENTERED = (torch.Tensor, type, ModuleType, FunctionType, MethodType, torch.dtype)
@@ -29,15 +31,14 @@ def undisturbed(model: nn.Module, *, with_values: bool) -> Iterator[None]:
     modes = [(module, module.training) for module in model.modules()]
     attributes = _hold_attributes(model)
     dropped = [(m, name) for m in model.modules() for name in _depth_attributes(m)]
-    whole = (p for p in model.parameters() if not (p.is_floating_point() or p.is_complex()))
-    tensors = [*model.buffers(), *(model.parameters() if with_values else whole)]
+    tensors = [*model.buffers(), *(p for p in model.parameters() if with_values or is_whole(p))]
     values = [(tensor, tensor.detach().clone()) for tensor in tensors]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         try:
             model.train()
             for parameter, _, _ in flags:
-                parameter.requires_grad_(parameter.is_floating_point() or parameter.is_complex())
+                parameter.requires_grad_(not is_whole(parameter))
             for module, name in dropped:
                 setattr(module, name, 0.0)
             yield

@@ -1,36 +1,28 @@
 """What a step keeps and holds under autocast: foretold by a trace, and seen in a real one."""
 
 import json
-from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
-from torch import nn
 
 from app.freezing.graph import ModelGraph
 from app.freezing.kernels import kernels_of
 from app.freezing.trace import autocast, trace_model
 from tests.unit.peaks import SETS, choose, foretell, see
-from tests.unit.test_memory import attention, checkpoints, convolutions, perceptron
+from tests.unit.test_memory import MODELS, attention, perceptron
 from tests.zoo.library import build_library_model
 from tests.zoo.observe import observe
-
-Build = Callable[[], tuple[nn.Module, Callable[[int], Any]]]
-OWN: dict[str, Build] = {
-    build.__name__: build for build in (perceptron, convolutions, attention, checkpoints)
-}
 
 
 @pytest.mark.parametrize("which", sorted(SETS))
 @pytest.mark.parametrize("kernels", ["cpu", "cuda"])
-@pytest.mark.parametrize("name", sorted(OWN))
+@pytest.mark.parametrize("name", sorted(MODELS))
 def test_what_autocast_keeps_is_foretold_for_any_freeze_set(
     name: str, kernels: str, which: str
 ) -> None:
     """At another batch size than was traced: copies of weights do not grow with it."""
     torch.manual_seed(0)
-    model, make_example = OWN[name]()
+    model, make_example = MODELS[name]()
     model.train()
     graph = trace_model(model, make_example(2), kernels=kernels, precision="bf16")
     trained = choose(graph, which)
