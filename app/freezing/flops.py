@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry, sdpa_flop_count
+from torch.utils.flop_counter import flop_registry
 
 
 def _rnn_flops(x: torch.Tensor, weights: Iterable[torch.Tensor]) -> int:
@@ -16,12 +16,23 @@ def _rnn_flops(x: torch.Tensor, weights: Iterable[torch.Tensor]) -> int:
     return 2 * steps * sum(w.numel() for w in weights if w.dim() == 2)
 
 
-# What torch's registry has no formula for: CPU flash attention, grouped products, fused RNN layers.
+def _attention_flops(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any, **__: Any
+) -> int:
+    """Two products for each head of the query, whatever groups of them share a key and a value."""
+    rows = query.numel() // query.shape[-1]
+    return 2 * rows * key.shape[-2] * (query.shape[-1] + value.shape[-1])
+
+
+_ATTENTIONS = ("flash_attention_for_cpu", "flash_attention", "efficient_attention")
+# What torch's registry has no formula for, or in 2.11 one that knows no groups of queries: fused
+# attention, grouped products, fused RNN layers.
 _FLOPS: dict[Any, Callable[..., int]] = {
     **flop_registry,
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: (
-        sdpa_flop_count(q.shape, k.shape, v.shape)
-    ),
+    **{
+        getattr(torch.ops.aten, f"_scaled_dot_product_{kind}"): _attention_flops
+        for kind in _ATTENTIONS
+    },
     torch.ops.aten._grouped_mm: lambda a, b, *_, **__: (
         2 * a.numel() * b.shape[-1] // (a.shape[0] if a.dim() > b.dim() else 1)
     ),

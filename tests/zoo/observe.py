@@ -39,6 +39,13 @@ def _convolution_backward(
     return forward * (bool(mask[0]) + bool(mask[1]))
 
 
+def _attention_flops(q: Any, k: Any, v: Any, *_: Any, **__: Any) -> int:
+    """Each head's own; torch's formula refuses, up to 2.11, keys that several heads share."""
+    heads = q.shape[1]
+    shapes = [(t.shape[0], heads, *t.shape[2:]) for t in (k, v)]
+    return sdpa_flop_count(q.shape, *shapes)
+
+
 def _lstm_flops(x: Any, w0: Any, w1: Any, *_: Any, **__: Any) -> int:
     """Two products a step, as mm's formula has them; torch has none for the fused CPU layer."""
     return 2 * x.shape[0] * x.shape[1] * (w0.numel() + w1.numel())
@@ -54,11 +61,9 @@ aten = torch.ops.aten
 FORMULAS: dict[Any, Any] = {
     **flop_registry,
     aten.convolution_backward: _convolution_backward,
-    aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(
-        q.shape, k.shape, v.shape
-    ),
+    aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
     aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda _grad, q, k, v, *_, **__: (
-        sdpa_flop_count(q.shape, k.shape, v.shape) * 5 // 2
+        _attention_flops(q, k, v) * 5 // 2
     ),
     aten._grouped_mm: _grouped_product,
     aten.mkldnn_rnn_layer: _lstm_flops,
