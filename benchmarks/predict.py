@@ -26,7 +26,7 @@ from app.freezing.graph import ModelGraph
 from app.freezing.timing import read_timing
 from app.freezing.trace import autocast, call_model, scalar_loss, trace_model
 from app.sources.demo.networks import build_network
-from tests.unit.peaks import foretell, see
+from tests.unit.peaks import find_kernels, foretell, see
 from tests.zoo.observe import observe
 
 Clock = Callable[[], float]
@@ -189,7 +189,9 @@ def trace(
     torch.manual_seed(0)
     build, make_example = MODELS[name]
     model = build().train()
-    graph = trace_model(model, make_example(TRACED), kernels=device, precision=precision)
+    graph = trace_model(
+        model, make_example(TRACED), kernels=find_kernels(device), precision=precision
+    )
     labels, sets = zip(*freeze_sets(graph), strict=True)
 
     def make(rows: int) -> Any:

@@ -8,10 +8,12 @@ from itertools import compress
 from typing import Any
 
 from app.freezing.assume import OPTIMIZER_STATE, Assumption
-from app.freezing.graph import ModelGraph, kernels_on
+from app.freezing.graph import ModelGraph, is_gpu
 from app.freezing.timing import Timing
 
 FULL_COSTS_KEPT = 100
+# What torch gives cuBLAS to work in where CUBLAS_WORKSPACE_CONFIG does not say otherwise.
+_WORKSPACE = {"cuda": 8_320 * 1024, "sm_90": 32 * 1024**2}
 
 
 @dataclass(frozen=True)
@@ -80,7 +82,7 @@ def _find_fits(
     peak = cost["peak_bytes"]
     least = graph.resting_bytes + cost["optimizer_bytes"] + cost["gradient_bytes"]
     for name, size in devices.items():
-        if peak is not None and kernels_on(name) == graph.kernels:
+        if peak is not None and is_gpu(name) == graph.is_for_gpu:
             yield name, peak <= size
         elif least > size:
             yield name, False
@@ -105,8 +107,9 @@ def _cost_of(graph: ModelGraph, share: Share, assume: Assumption) -> dict[str, A
     """FLOPs and bytes of one step.
 
     step = Σ F + Σ (r·Bx + t·Bw): every edge of a node costs its backward FLOPs where what it leads
-    to is live. FLOPs and activations grow in proportion to the batch. The peak is in forward or
-    backward, or while the optimizer steps: on a GPU all tensors at once.
+    to is live. FLOPs and activations grow in proportion to the batch, but for those of weights. The
+    peak is in forward or backward, or while the optimizer steps: on a GPU all tensors at once, and
+    with what cuBLAS keeps for each of the threads that run forward and backward.
     """
     walk = graph.walk
     scale = (assume.batch_size or graph.batch_size) / graph.batch_size
@@ -115,16 +118,17 @@ def _cost_of(graph: ModelGraph, share: Share, assume: Assumption) -> dict[str, A
     optimizer_bytes = OPTIMIZER_STATE[assume.optimizer] * sum(stepped)
     forward = backward = activations = peak = None
     if graph.nodes:
-        forward = round(graph.forward_flops * scale)
-        backward = round(walk.sum_live(walk.backward_flops, share.near) * scale)
+        forward = walk.forward_flops(scale)
+        backward = walk.backward_flops(share.near, scale)
         # Half is a guess, and called one, until the model was traced at that precision.
         growth = scale if assume.precision == graph.precision else scale / 2
         activations = walk.kept_bytes(share.near, growth)
         held = walk.peak_bytes(share.near, growth)
         if held is not None:
-            at_once = graph.kernels == "cuda"
-            update = gradient_bytes + _update_bytes(stepped, assume.optimizer, at_once)
-            peak = graph.resting_bytes + optimizer_bytes + max(held, update)
+            update = _update_bytes(stepped, assume.optimizer, at_once=graph.is_for_gpu)
+            held = max(held, gradient_bytes + update)
+            workspaces = _WORKSPACE.get(graph.kernels, 0) * (bool(forward) + bool(backward))
+            peak = graph.resting_bytes + optimizer_bytes + held + workspaces
     return {
         "forward_flops": forward,
         "backward_flops": backward,

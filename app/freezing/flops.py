@@ -24,14 +24,19 @@ def _attention_flops(
     return 2 * rows * key.shape[-2] * (query.shape[-1] + value.shape[-1])
 
 
+def _attention_backward_flops(_: torch.Tensor, *given: Any, **__: Any) -> int:
+    return _attention_flops(*given) * 5 // 2
+
+
 _ATTENTIONS = ("flash_attention_for_cpu", "flash_attention", "efficient_attention")
 # What torch's registry has no formula for, or in 2.11 one that knows no groups of queries: fused
 # attention, grouped products, fused RNN layers.
 _FLOPS: dict[Any, Callable[..., int]] = {
     **flop_registry,
     **{
-        getattr(torch.ops.aten, f"_scaled_dot_product_{kind}"): _attention_flops
+        getattr(torch.ops.aten, f"_scaled_dot_product_{kind}{way}"): formula
         for kind in _ATTENTIONS
+        for way, formula in (("", _attention_flops), ("_backward", _attention_backward_flops))
     },
     torch.ops.aten._grouped_mm: lambda a, b, *_, **__: (
         2 * a.numel() * b.shape[-1] // (a.shape[0] if a.dim() > b.dim() else 1)

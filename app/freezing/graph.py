@@ -130,7 +130,9 @@ class ModelGraph:
         forward_flops: of one forward pass on the example, operations outside autograd included.
         batch_size: first dimension of the example that was traced.
         memory: what a step makes and lets go; None where that could not be seen.
-        kernels: ``cpu`` or ``cuda``: whose operations the nodes are; they keep different things.
+        fixed_nodes: indices of nodes whose operation costs the same whatever the batch.
+        kernels: whose operations the nodes are, which keep different things: ``cpu``, ``cuda``, or
+            ``sm_90`` for a GPU of that architecture, Hopper's.
         precision: ``fp32``, or ``bf16`` or ``fp16`` for a forward under autocast.
         sequence_length, image_size: of that example, as far as it has them.
     """
@@ -144,10 +146,16 @@ class ModelGraph:
     forward_flops: int = 0
     batch_size: int = 1
     memory: Memory | None = None
+    fixed_nodes: tuple[int, ...] = ()
     kernels: str = "cpu"
     precision: str = "fp32"
     sequence_length: int | None = None
     image_size: int | None = None
+
+    @property
+    def is_for_gpu(self) -> bool:
+        """Whether the nodes are a GPU's operations."""
+        return self.kernels != "cpu"
 
     @property
     def parameter_count(self) -> int:
@@ -338,6 +346,7 @@ class ModelGraph:
             "forward_flops": self.forward_flops,
             "batch_size": self.batch_size,
             "memory": None if self.memory is None else self.memory.to_document(),
+            "fixed_nodes": self.fixed_nodes,
             "kernels": self.kernels,
             "precision": self.precision,
             "sequence_length": self.sequence_length,
@@ -369,16 +378,17 @@ class ModelGraph:
             forward_flops=document["forward_flops"],
             batch_size=document["batch_size"],
             memory=_read_memory(document.get("memory")),
-            kernels=document.get("kernels", "cpu"),  # an older graph says none of these
+            fixed_nodes=tuple(document.get("fixed_nodes", ())),  # an older graph says none of these
+            kernels=document.get("kernels", "cpu"),
             precision=document.get("precision", "fp32"),
             sequence_length=document.get("sequence_length"),
             image_size=document.get("image_size"),
         )
 
 
-def kernels_on(device: str) -> str:
-    """Whose operations run on a device, by its name."""
-    return "cuda" if device.startswith("cuda") else "cpu"
+def is_gpu(device: str) -> bool:
+    """Whether a device is a GPU, by its name."""
+    return device.startswith("cuda")
 
 
 def _read_memory(document: Mapping[str, Any] | None) -> Memory | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -21,7 +22,7 @@ def measure_peak(
     """The most bytes held at once in the second of two steps.
 
     Weights, buffers, gradients and the optimizer's state are among them. On a GPU it is the most
-    that torch allocated there, less what lay there beside tensors before (libraries' workspaces);
+    that torch allocated there, cuBLAS's workspaces included, less what others had there before;
     elsewhere what the results of operations hold, which leaves out what an operation makes for
     itself alone.
 
@@ -29,20 +30,34 @@ def measure_peak(
         take_step: one whole step; it takes two.
         given: what else is held all the while, like a batch.
     """
-    take_step()
     device = next(model.parameters()).device
+    if device.type != "cuda":
+        take_step()
+        with _see_resting(model, optimizer, given, device) as held:
+            take_step()
+        return held.peak
+    gc.collect()  # what somebody lets go meanwhile would be taken for the step's
+    torch._C._cuda_clearCublasWorkspaces()
+    resting = _see_resting(model, optimizer, given, device).now
+    beside = torch.cuda.memory_allocated(device) - resting
+    take_step()
+    torch.cuda.reset_peak_memory_stats(device)
+    take_step()
+    return torch.cuda.max_memory_allocated(device) - beside
+
+
+def _see_resting(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    given: Sequence[torch.Tensor],
+    device: torch.device,
+) -> _Held:
+    """What is held between two steps."""
     held = _Held(device)
     held.add(*model.parameters(), *model.buffers(), *given)
     held.add(*(p.grad for p in model.parameters()))
     held.add(*tree_leaves(list(optimizer.state.values())))
-    if device.type == "cuda":
-        beside = torch.cuda.memory_allocated(device) - held.now
-        torch.cuda.reset_peak_memory_stats(device)
-        take_step()
-        return torch.cuda.max_memory_allocated(device) - beside
-    with held:
-        take_step()
-    return held.peak
+    return held
 
 
 class _Held(TorchDispatchMode):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import nn
@@ -13,11 +13,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from app.freezing.fakes import is_whole, run_operation
+from app.freezing.flops import flops_of
 from app.freezing.graph import Node
 from app.freezing.hidden import nodes_in_order
+from app.freezing.kernels import workspace_bytes
 from app.freezing.memory import Change, Memory
 from app.freezing.nodes import Read, kept_tensors
-from app.freezing.record import storage_key
+from app.freezing.record import sequence_number, storage_key
+
+Told = TypeVar("Told")
 
 
 class NotSeen(Exception):
@@ -32,6 +36,7 @@ def read_memory(
     resting: set[int],
     *,
     is_autocast: bool = False,
+    larger: Grown | None = None,
 ) -> Memory:
     """See what a forward and backward pass makes and lets go.
 
@@ -44,12 +49,61 @@ def read_memory(
         read: the graph that was traced.
         resting: storages of parameters and buffers.
         is_autocast: forward runs under autocast, which keeps copies of weights for itself.
+        larger: the same step on a larger batch, where that is known. Without it what is made of
+            something that grows is taken to grow.
 
     Raises:
         NotSeen: this step made another graph.
 
     Side effects: none; parameters have the gradients that they had, and no others.
     """
+
+    def tell(watch: _Watch, storages: dict[int, int], ends: dict[int, int]) -> Memory:
+        return watch.tell(read.nodes, storages, ends, larger)
+
+    return _watch_step(tell, take_forward, given, model, read, resting, is_autocast)
+
+
+class Grown(NamedTuple):
+    """What a step is on a larger batch.
+
+    Attributes:
+        sizes: bytes of all that it makes, in order.
+        fixed_nodes: those whose operation costs what it cost when it was traced.
+    """
+
+    sizes: list[int]
+    fixed_nodes: tuple[int, ...]
+
+
+def read_grown(
+    take_forward: Callable[[], tuple[torch.Tensor, Any]],
+    given: Sequence[torch.Tensor],
+    model: nn.Module,
+    read: Read,
+    resting: set[int],
+    *,
+    is_autocast: bool = False,
+) -> Grown:
+    """See such a step on a larger batch than the one that was traced; as `read_memory` does."""
+
+    def tell(watch: _Watch, *_: object) -> Grown:
+        fixed = (i for i, flops in watch.flops.items() if flops == read.nodes[i].forward_flops > 0)
+        return Grown(watch.sizes, tuple(sorted(fixed)))
+
+    return _watch_step(tell, take_forward, given, model, read, resting, is_autocast)
+
+
+def _watch_step(
+    tell: Callable[[_Watch, dict[int, int], dict[int, int]], Told],
+    take_forward: Callable[[], tuple[torch.Tensor, Any]],
+    given: Sequence[torch.Tensor],
+    model: nn.Module,
+    read: Read,
+    resting: set[int],
+    is_autocast: bool,
+) -> Told:
+    """Take a step, and tell of it while all that it made is there: see `_Watch.tell`."""
     watch, nodes = _Watch(resting, is_autocast), read.nodes
     own = [(p, p.grad, dict(p._post_accumulate_grad_hooks or ())) for p in model.parameters()]
     for parameter, _, hooks in own:
@@ -73,6 +127,7 @@ def read_memory(
                 if nodes[index].saved:
                     kept = [tensor for _, tensor in kept_tensors(function, resting)]
                     storages |= watch.find_saved(kept, nodes[index])
+                watch.find_flops(function, index)
                 function.register_prehook(lambda _, index=index: watch.start_node(index))
             watch.start_node(read.order[-1])
             value.backward()
@@ -83,7 +138,7 @@ def read_memory(
             if p.grad is not None and p.grad.layout is torch.strided
         }
         del held
-        return watch.tell(nodes, storages, ends)
+        return tell(watch, storages, ends)
     finally:
         for parameter, gradient, hooks in own:
             parameter.grad = gradient
@@ -117,6 +172,8 @@ class _Watch(TorchDispatchMode):
         self._copies: dict[int, int] = {}  # number of a copy of a weight → place where it was used
         self._waiting: list[int] = []  # copies that the next operation uses
         self._is_paused = False
+        self._flops: dict[int, int] = {}  # by the number of the newest node
+        self.flops: dict[int, int] = {}  # by node
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
@@ -124,10 +181,14 @@ class _Watch(TorchDispatchMode):
         kwargs = kwargs or {}
         result, read = run_operation(func, args, kwargs)
         if not self._is_paused and func.namespace != "prim":
+            number = sequence_number() - 1
+            self._flops[number] = self._flops.get(number, 0) + flops_of(func, args, kwargs, result)
             is_scaled = any(map(self._is_scaled, read))
             for leaf in tree_leaves(result):
                 if isinstance(leaf, torch.Tensor):
                     self.note(leaf, is_scaled)
+            if size := workspace_bytes(func, args):
+                self._note_gone(size)
             if self._is_autocast:
                 self._note_copies(func, read, result)
         return result
@@ -166,6 +227,13 @@ class _Watch(TorchDispatchMode):
         self._made.append((storage.nbytes(), is_scaled))
         self._events.append((number, True))
         weakref.finalize(storage, self._let_go, key).atexit = False
+
+    def _note_gone(self, size: int) -> int:
+        """Note so many bytes of a batch that are made and let go at once."""
+        number = len(self._made)
+        self._made.append((size, True))
+        self._events += [(number, True), (number, False)]
+        return number
 
     def _let_go(self, key: int) -> None:
         self._events.append((self._alive.pop(key), False))
@@ -210,6 +278,10 @@ class _Watch(TorchDispatchMode):
         finally:
             self._is_paused = before
 
+    def find_flops(self, function: Any, index: int) -> None:
+        """Note what the operation of a node took."""
+        self.flops[index] = self._flops.get(function._sequence_nr(), 0)
+
     def find_saved(self, tensors: Sequence[torch.Tensor], node: Node) -> dict[int, int]:
         """Number of each storage that a node saves → what the traced graph calls it.
 
@@ -220,10 +292,7 @@ class _Watch(TorchDispatchMode):
             raise NotSeen("A second forward saves other tensors.")
         found = {}
         for storage, size, _ in node.saved[:hidden]:
-            number = len(self._made)
-            self._made.append((size, True))
-            self._events += [(number, True), (number, False)]
-            found[number] = storage
+            found[self._note_gone(size)] = storage
         seen = node.saved[hidden:]
         for tensor, (storage, _, _) in zip(tensors, seen, strict=True):
             key = storage_key(tensor)
@@ -231,15 +300,28 @@ class _Watch(TorchDispatchMode):
                 found[known] = storage
         return found
 
+    @property
+    def sizes(self) -> list[int]:
+        return [size for size, _ in self._made]
+
     def tell(
-        self, nodes: Sequence[Node], storages: Mapping[int, int], ends: Mapping[int, int]
+        self,
+        nodes: Sequence[Node],
+        storages: Mapping[int, int],
+        ends: Mapping[int, int],
+        larger: Grown | None,
     ) -> Memory:
         """All of it as plain values.
 
         Args:
             storages: number of a storage → what the traced graph calls it.
             ends: storage of each parameter's gradient → the parameter's node.
+            larger: the same on a larger batch.
         """
+        is_known = larger is not None and len(larger.sizes) == len(self._made)
+        if larger is not None and is_known:
+            sizes = zip(self.sizes, larger.sizes, strict=True)
+            self._made = [(size, size != other) for size, other in sizes]
         border = self._starts[0][0]
         forward: list[Change] = []
         for number, is_made in self._put_forward(border):
@@ -256,8 +338,10 @@ class _Watch(TorchDispatchMode):
             for number, is_made in self._events[start:stop]:
                 size, is_scaled = self._made[number]
                 maker, consumer = consumers.get(number, (-1, -1))
-                fixed = any(_is_of_weights(nodes[i]) for i in (maker, consumer) if i >= 0)
-                _append(changes, Change(consumer, is_scaled and not fixed, *_step(size, is_made)))
+                if not is_known:
+                    ends_at = (nodes[i] for i in (maker, consumer) if i >= 0)
+                    is_scaled &= not any(map(_is_of_weights, ends_at))
+                _append(changes, Change(consumer, is_scaled, *_step(size, is_made)))
             backward.append((node, tuple(changes)))
         return Memory(tuple(forward), tuple(backward))
 

@@ -12,7 +12,7 @@ from app.freezing.assume import Assumption
 from app.freezing.config import FreezeConfig, expand_rules
 from app.freezing.cost import Share, make_cost
 from app.freezing.findings import Finding, list_findings
-from app.freezing.graph import ModelGraph, kernels_on
+from app.freezing.graph import ModelGraph, is_gpu
 from app.freezing.timing import Timing
 from app.freezing.walk import DEAD
 
@@ -172,7 +172,7 @@ def _find_in_assumption(
 
 
 def _find_in_devices(graph: ModelGraph, devices: Mapping[str, int]) -> Iterator[Finding]:
-    if graph.nodes and graph.kernels == "cpu" and "cuda" in map(kernels_on, devices):
+    if graph.nodes and not graph.is_for_gpu and any(map(is_gpu, devices)):
         yield Finding(
             "traced_for_a_cpu",
             "The model was traced when no GPU was here. On one it may hold less, so that peak "

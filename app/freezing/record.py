@@ -17,8 +17,8 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from app.freezing.fakes import run_operation
 from app.freezing.flops import flops_of
-from app.freezing.kernels import ATTENTION
 
+_ATTENTION = torch.nn.functional.scaled_dot_product_attention
 _RECURRENT = torch.ops.aten.mkldnn_rnn_layer.default  # a recurrent layer on a CPU
 _FEW_STEPS = 256
 
@@ -247,7 +247,7 @@ class Attentions(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        if func is not ATTENTION:
+        if func is not _ATTENTION:
             return func(*args, **(kwargs or {}))
         return self._attend(*args, **(kwargs or {}))
 
@@ -255,7 +255,7 @@ class Attentions(TorchFunctionMode):
         self, query: Any, key: Any, value: Any, attn_mask: Any = None, *args: Any, **kwargs: Any
     ) -> Any:
         start, before = sequence_number(), self.recorder.forward_flops
-        result = ATTENTION(query, key, value, attn_mask, *args, **kwargs)
+        result = _ATTENTION(query, key, value, attn_mask, *args, **kwargs)
         end, flops = sequence_number(), self.recorder.forward_flops - before
         if attn_mask is None or not attn_mask.requires_grad or not torch.is_grad_enabled():
             return result
@@ -263,7 +263,7 @@ class Attentions(TorchFunctionMode):
         asked = str((shapes, args, kwargs))
         if asked not in self.fused:
             with self.recorder.paused(), _Watch() as frozen:
-                ATTENTION(query, key, value, attn_mask.detach(), *args, **kwargs)
+                _ATTENTION(query, key, value, attn_mask.detach(), *args, **kwargs)
             self.fused[asked] = frozen.is_fused
         if self.fused[asked]:
             self.found.append(

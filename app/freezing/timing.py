@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from itertools import compress
 from typing import Any
 
-from app.freezing.graph import ModelGraph, kernels_on
+from app.freezing.graph import ModelGraph, is_gpu
 
 FORMAT = 1
 
@@ -94,7 +94,7 @@ def read_timing(document: Mapping[str, Any], graph: ModelGraph) -> Timing | None
     if document.get("format") != FORMAT or document.get("fingerprint") != graph.fingerprint:
         return None
     timed = ModelGraph.from_document(document["graph"]) if "graph" in document else graph
-    if timed.kernels != kernels_on(document["device"]):
+    if timed.is_for_gpu != is_gpu(document["device"]):
         return None
     if any(len(batch["nodes"]) != len(timed.nodes) for batch in document["batches"]):
         return None

@@ -18,9 +18,9 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from app.freezing.fakes import enter_known, known_values, see_known
 from app.freezing.graph import Buffer, ModelGraph, Module, Parameter
 from app.freezing.kernels import kernels_of
-from app.freezing.lifetimes import read_memory
+from app.freezing.lifetimes import Grown, read_grown, read_memory
 from app.freezing.memory import Memory
-from app.freezing.nodes import Read, read_nodes
+from app.freezing.nodes import read_nodes
 from app.freezing.record import Attentions, Recorder, Spans, storage_key
 from app.freezing.undisturbed import undisturbed
 
@@ -52,7 +52,8 @@ def trace_model(
         loss: ``(output, example) -> scalar``; by default the output's ``.loss``, else the mean
             square of its logits, last hidden state or first floating tensor.
         ways: those that may be tried, the first that works is taken.
-        kernels: ``cuda`` for a model that lies on a CPU here and is to be trained on a GPU.
+        kernels: ``cuda`` or ``sm_90`` for a model that lies on a CPU here and is to be trained on a
+            GPU: see `ModelGraph.kernels`.
         precision: ``bf16`` or ``fp16`` for forwards under autocast.
 
     Returns:
@@ -210,40 +211,50 @@ def _trace(
     *,
     fake: bool,
 ) -> ModelGraph:
-    def take_forward() -> tuple[torch.Tensor, Any]:
+    def take_forward(example: Any) -> tuple[torch.Tensor, Any]:
         with autocast(model, precision):
             output = call_model(model, example)
             return scalar_loss(output, example, loss), output
 
     mode: Any = contextlib.nullcontext()
+    larger = _double(example) if fake else None
     if fake:
         mode = _fake_mode(model) or FakeTensorMode(allow_non_fake_inputs=True)
     with _one_pass(model, mode):
         resting: list[torch.Tensor] = [*model.parameters(), *model.buffers()]
         if isinstance(mode, FakeTensorMode):
-            example = tree_map_only(torch.Tensor, partial(enter_known, mode), example)
+            enter = partial(tree_map_only, torch.Tensor, partial(enter_known, mode))
+            example, larger = enter(example), enter(larger)
             resting += [see_known(mode, tensor) for tensor in resting]  # as operations see them
         names = {id(p): name for name, p in reversed(list(model.named_parameters()))}
         spans, recorder = Spans(model), Recorder(model)
         attentions = Attentions(recorder)
         with spans, recorder:
             with attentions:
-                value, output = take_forward()
+                value, output = take_forward(example)
             if value.grad_fn is None:
                 raise ValueError("the loss does not depend on any parameter")
             flops = recorder.forward_flops
             places = {storage_key(t) for t in resting if t.layout is torch.strided}
             read = read_nodes(names, value, spans, recorder, attentions.found, places)
         del output, value, recorder, attentions
-    with _one_pass(model, mode):
+
+    def look(how: Callable[..., Any], example: Any, **options: Any) -> Any:
         given = [leaf for leaf in tree_leaves(example) if isinstance(leaf, torch.Tensor)]
-        memory, note = _see_memory(take_forward, given, model, read, places, precision)
+        is_autocast = precision != "fp32"
+        with _one_pass(model, mode):
+            forward = partial(take_forward, example)
+            return how(forward, given, model, read, places, is_autocast=is_autocast, **options)
+
+    grown = _see_grown(look, larger)
+    memory, note = _see_memory(look, example, grown)
     return replace(
         bare,
         nodes=read.nodes,
         extras=read.extras,
         forward_flops=flops,
         memory=memory,
+        fixed_nodes=() if grown is None else grown.fixed_nodes,
         trace_note=note,
     )
 
@@ -264,21 +275,35 @@ def autocast(model: nn.Module, precision: str) -> contextlib.AbstractContextMana
     return torch.autocast(device.type, torch.bfloat16 if precision == "bf16" else torch.float16)
 
 
+def _see_grown(look: Callable[..., Any], larger: Any) -> Grown | None:
+    """What a step is on a larger batch; None where a forward refuses that, or goes another way."""
+    if larger is None:
+        return None
+    try:
+        grown: Grown = look(read_grown, larger)
+    except Exception:  # whatever a user's forward raises on rows that are not its own
+        return None
+    return grown
+
+
 def _see_memory(
-    take_forward: Callable[[], tuple[torch.Tensor, Any]],
-    given: Sequence[torch.Tensor],
-    model: nn.Module,
-    read: Read,
-    resting: set[int],
-    precision: str,
+    look: Callable[..., Any], example: Any, grown: Grown | None
 ) -> tuple[Memory | None, str]:
     """What a second step, with its backward, makes and lets go; else why that is not known."""
     try:
-        is_autocast = precision != "fp32"
-        memory = read_memory(take_forward, given, model, read, resting, is_autocast=is_autocast)
+        return look(read_memory, example, larger=grown), ""
     except Exception as error:  # whatever a user's backward raises on stand-ins
         return None, f"memory: {_in_short(error)}"
-    return memory, ""
+
+
+def _double(example: Any) -> Any:
+    """An example with each row twice."""
+    rows = _batch_size(example)
+
+    def double(tensor: torch.Tensor) -> torch.Tensor:
+        return torch.cat([tensor, tensor]) if tensor.dim() and len(tensor) == rows else tensor
+
+    return tree_map_only(torch.Tensor, double, example)
 
 
 def scalar_loss(output: Any, example: Any, loss: Loss | None) -> torch.Tensor:

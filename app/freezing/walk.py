@@ -28,6 +28,24 @@ class Layer(NamedTuple):
     reached: int  # how many of its parameters backward reaches when everything trains
 
 
+class _Sum:
+    """What some nodes cost, by the wire on which it hangs.
+
+    Attributes:
+        by_wire: all of it, as traced.
+        fixed: (wire, cost) of what no batch makes larger.
+    """
+
+    def __init__(self, width: int) -> None:
+        self.by_wire = [0] * width
+        self.fixed: list[tuple[int, int]] = []
+
+    def add(self, wire: int, cost: int, *, is_fixed: bool) -> None:
+        self.by_wire[wire] += cost
+        if is_fixed and cost:
+            self.fixed.append((wire, cost))
+
+
 class Walk:
     """Which parts of backward run when certain parameters train.
 
@@ -39,8 +57,6 @@ class Walk:
     Attributes:
         parameter_bytes: of each parameter, in model order; `reached_bytes` of those that backward
             reaches when everything trains, 0 for others.
-        backward_flops: of each wire.
-        saved_bytes: of each wire, as traced; `kept_bytes` tells of other batches.
         node_count: of each wire.
         layers: in model order.
         targets: for each parameter, what to say of a gradient on its way there.
@@ -68,24 +84,24 @@ class Walk:
         self.layers = self._read_layers(graph, laid)
         frees = self._lay_storages(graph, wires)
         width = self.count + 1 + len(self._meet)
-        self.backward_flops = [0] * width
-        self.saved_bytes = [0] * width
-        self._fixed: list[tuple[int, int]] = []  # (wire, bytes) of those that no batch makes larger
+        self._forward = graph.forward_flops
+        self._fixed_forward = sum(graph.nodes[i].forward_flops for i in graph.fixed_nodes)
+        self._backward, self._saved = _Sum(width), _Sum(width)
         self.node_count = [0] * width
         fixed = graph.memory.fixed if graph.memory else frozenset()
         for storage, (wire, size) in frees.items():
-            self.saved_bytes[wire] += size
-            if storage in fixed:
-                self._fixed.append((wire, size))
+            self._saved.add(wire, size, is_fixed=storage in fixed)
         for wire in wires:
             if wire >= 0:
                 self.node_count[wire] += 1
-        for node, wire in zip(every, laid, strict=True):
+        fixed_nodes = frozenset(graph.fixed_nodes)
+        for index, (node, wire) in enumerate(zip(every, laid, strict=True)):
+            is_fixed = index in fixed_nodes
             if wire >= 0:
-                self.backward_flops[wire] += node.node_flops
+                self._backward.add(wire, node.node_flops, is_fixed=is_fixed)
             for below, flops in zip(node.inputs, node.edge_flops, strict=False):
                 if below >= 0 and laid[below] >= 0:
-                    self.backward_flops[laid[below]] += flops
+                    self._backward.add(laid[below], flops, is_fixed=is_fixed)
         released: dict[int, list[int]] = {}  # the last of those that save it lets it go
         for storage, last in {
             s: i for i in reversed(range(len(wires))) for s, _, _ in graph.nodes[i].saved
@@ -128,21 +144,24 @@ class Walk:
         """The sum of `values` over live wires."""
         return sum(compress(values, map(DEAD.__gt__, near)))
 
-    def kept_bytes(self, near: Sequence[int], scale: float) -> int:
-        """What forward keeps for backward.
+    # `scale` is, here and below, that of all that grows with the batch, against the traced one.
 
-        Args:
-            scale: of all that grows with the batch, against the traced one.
-        """
-        fixed = sum(size for wire, size in self._fixed if near[wire] < DEAD)
-        return fixed + round((self.sum_live(self.saved_bytes, near) - fixed) * scale)
+    def forward_flops(self, scale: float) -> int:
+        return self._fixed_forward + round((self._forward - self._fixed_forward) * scale)
+
+    def backward_flops(self, near: Sequence[int], scale: float) -> int:
+        return self._scale(self._backward, near, scale)
+
+    def kept_bytes(self, near: Sequence[int], scale: float) -> int:
+        """What forward keeps for backward."""
+        return self._scale(self._saved, near, scale)
+
+    def _scale(self, costs: _Sum, near: Sequence[int], scale: float) -> int:
+        fixed = sum(cost for wire, cost in costs.fixed if near[wire] < DEAD)
+        return fixed + round((self.sum_live(costs.by_wire, near) - fixed) * scale)
 
     def peak_bytes(self, near: Sequence[int], scale: float) -> int | None:
-        """The most that a step holds beside weights and optimizer state; None where not known.
-
-        Args:
-            scale: of all that grows with the batch, against the traced one.
-        """
+        """The most that a step holds beside weights and optimizer state; None where not known."""
         if self._memory is None:
             return None
         if scale not in self._timelines:

@@ -4,6 +4,7 @@ import contextlib
 import os
 import platform
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ class Device:
     Attributes:
         id: as users name it: ``cpu``, ``cuda:0``.
         visible: what CUDA_VISIBLE_DEVICES must be for a process that may see this one alone.
+        kernels: whose operations run on it, as `ModelGraph.kernels` names them.
     """
 
     id: str
@@ -26,6 +28,7 @@ class Device:
     kind: str
     memory_bytes: int
     visible: str
+    kernels: str = "cpu"
 
 
 def find_devices() -> tuple[Device, ...]:
@@ -33,6 +36,11 @@ def find_devices() -> tuple[Device, ...]:
     memory = psutil.virtual_memory().total
     cpu = Device("cpu", _name_cpu(), "cpu", memory, "")
     return (cpu, *_find_gpus(os.environ.get("CUDA_VISIBLE_DEVICES")))
+
+
+def find_kernels(devices: Iterable[Device]) -> str:
+    """Whose operations a trace is to follow: a job is on a GPU where there is one."""
+    return next((device.kernels for device in devices if device.kind == "cuda"), "cpu")
 
 
 def nvml_handle(name: str) -> Any:
@@ -69,9 +77,12 @@ def _find_gpus(visible: str | None) -> list[Device]:
                 handle = nvml_handle(name)
                 memory = pynvml.nvmlDeviceGetMemoryInfo(handle).total
                 title = pynvml.nvmlDeviceGetName(handle)
+                capability = tuple(pynvml.nvmlDeviceGetCudaComputeCapability(handle))
             except pynvml.NVMLError:
                 break  # CUDA too ignores the first one that does not exist, and all behind it
-            gpus.append(Device(f"cuda:{len(gpus)}", str(title), "cuda", int(memory), name))
+            kernels = "sm_90" if capability == (9, 0) else "cuda"
+            number = f"cuda:{len(gpus)}"
+            gpus.append(Device(number, str(title), "cuda", int(memory), name, kernels))
         return gpus
     finally:
         pynvml.nvmlShutdown()

@@ -11,7 +11,7 @@ from sqlmodel import Session, select
 
 from app.freezing.graph import ModelGraph
 from app.jobs import folder as job_folder
-from app.jobs.devices import find_devices
+from app.jobs.devices import find_devices, find_kernels
 from app.jobs.endings import judge, read_end
 from app.jobs.processes import DEVICE
 from app.jobs.records import read_records
@@ -265,9 +265,8 @@ def _add_model(
         document = job_folder.read_document(files.graph_path(settings.data_dir, model.id)) or {}
         graph = ModelGraph.from_document(document)
     except (ValueError, KeyError, TypeError):
-        has_gpu = any(device.kind == "cuda" for device in find_devices())
         told = {"kind": "inspect", "model": spec, "threads": 1}
-        told["kernels"] = "cuda" if has_gpu else "cpu"
+        told["kernels"] = find_kernels(find_devices())
         for name in ("code_dirs", "file_dirs"):
             told[name] = [str(path) for path in getattr(settings, name)]
         session.add(Task(model_id=model.id, spec=told))

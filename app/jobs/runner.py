@@ -11,7 +11,7 @@ from sqlmodel import Session
 
 from app.jobs import folder as job_folder
 from app.jobs.attendance import Attendance
-from app.jobs.devices import Device, find_devices
+from app.jobs.devices import Device, find_devices, find_kernels
 from app.jobs.processes import Keeper, Processes
 from app.jobs.rebuild import Cards, read_unread
 from app.jobs.tasks import Tasks
@@ -157,6 +157,10 @@ class Runner:
             }
             for device in self._devices
         ]
+
+    def kernels(self) -> str:
+        """Whose operations a trace is to follow."""
+        return find_kernels(self._devices)
 
     def measure_devices(self) -> dict[str, dict[str, Any]]:
         """Device → what it is doing at this moment, whoever uses it."""

@@ -35,5 +35,5 @@ class Datasets(Ground):
             raise InvalidDocument(errors)
 
         spec = {"kind": "preview", "dataset": dataset, "training": {"seed": seed}}
-        surroundings = {"kernels": self._kernels(), **self._surroundings()}
+        surroundings = {"kernels": self._runner.kernels(), **self._surroundings()}
         return self._add_task(model_id, {**spec, **surroundings}, PREVIEWS_KEPT)

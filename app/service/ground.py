@@ -24,6 +24,7 @@ class RunnerStatus(Protocol):
     """What the service may ask of whoever runs the jobs."""
 
     def devices(self) -> list[Document]: ...
+    def kernels(self) -> str: ...
     def slots(self) -> dict[str, dict[str, int]]: ...
     def measure_devices(self) -> dict[str, Document]: ...
     def keeper(self) -> Document: ...
@@ -87,10 +88,6 @@ class Ground:
         tail = files.read_logs(folder, max(0, files.log_size(folder) - 2_000))
         lines = tail.decode(errors="replace").replace("\r", "\n").split("\n")
         return next((line.strip()[:200] for line in reversed(lines) if line.strip()), None)
-
-    def _kernels(self) -> str:
-        """Whose operations a trace is to follow: a job is on a GPU where there is one."""
-        return "cuda" if any(d["kind"] == "cuda" for d in self._runner.devices()) else "cpu"
 
     def _dirs(self) -> dict[str, tuple[Path, ...]]:
         return {"code_dirs": self._settings.code_dirs, "file_dirs": self._settings.file_dirs}

@@ -30,7 +30,7 @@ class Models(Ground):
     def add_model(self, doc: Mapping[str, Any]) -> Document:
         """Take a model spec and have it inspected."""
         spec = spec_document(parse_model_spec(doc, **self._dirs()))
-        wanted = {"kind": "inspect", "model": spec, "kernels": self._kernels()}
+        wanted = {"kind": "inspect", "model": spec, "kernels": self._runner.kernels()}
         task_spec = {**wanted, **self._surroundings()}
 
         def add(session: Session) -> Document:

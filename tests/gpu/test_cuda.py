@@ -12,7 +12,7 @@ from app.training.checkpoint import checkpoint_path
 from app.training.loop import train
 from app.training.recipe import parse_recipe
 from tests.unit.models import make
-from tests.unit.peaks import choose, foretell, see
+from tests.unit.peaks import choose, find_kernels, foretell, see
 from tests.unit.runs import Told, Wish, freeze, make_data
 from tests.zoo.observe import observe
 
@@ -69,7 +69,7 @@ def test_the_peak_on_the_gpu_is_foretold(dropout: float, which: str) -> None:
     torch.manual_seed(0)
     layer = torch.nn.TransformerEncoderLayer(512, 8, 2048, batch_first=True, dropout=dropout)
     model = torch.nn.TransformerEncoder(layer, 6, enable_nested_tensor=False)
-    graph = trace_model(model, torch.randn(2, 128, 512), kernels="cuda")
+    graph = trace_model(model, torch.randn(2, 128, 512), kernels=find_kernels("cuda"))
     trained = choose(graph, which)
     cost = foretell(graph, trained, batch_size=32)
     seen = see(model.cuda(), torch.randn(32, 128, 512, device="cuda"), trained, "adamw")
@@ -90,7 +90,7 @@ def test_what_is_kept_for_backward_on_the_gpu_is_foretold(name: str, precision: 
     graph = trace_model(
         model,
         {"input_ids": torch.randint(0, 1000, (2, 128))},
-        kernels="cuda",
+        kernels=find_kernels("cuda"),
         precision=precision,
     )
     names = {p.name for p in graph.parameters if p.floating}

@@ -23,6 +23,13 @@ SETS: dict[str, Callable[[int, int], bool]] = {
 }
 
 
+def find_kernels(device: str) -> str:
+    """Whose operations run on a device here, as `ModelGraph.kernels` names them."""
+    if device == "cpu":
+        return "cpu"
+    return "sm_90" if torch.cuda.get_device_capability() == (9, 0) else "cuda"
+
+
 def choose(graph: ModelGraph, which: str) -> list[str]:
     """Names of the parameters of one of the sets."""
     reached = [

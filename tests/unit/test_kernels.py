@@ -12,10 +12,12 @@ import torch
 import torch.nn.functional as F
 from sqlmodel import select
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from app.freezing.calibrate import calibrate_model
 from app.freezing.config import parse_config
 from app.freezing.graph import ModelGraph
+from app.freezing.hidden import nodes_in_order
 from app.freezing.kernels import kernels_of
 from app.freezing.plan import plan_config
 from app.freezing.timing import read_timing
@@ -25,7 +27,7 @@ from app.service import Service
 from app.settings import Settings
 from app.store.db import Database
 from app.store.tables import Task
-from tests.unit.peaks import SETS, choose, foretell, see
+from tests.unit.peaks import SETS, choose, foretell
 from tests.unit.test_memory import attention
 from tests.unit.test_service import Quiet, make_ready
 from tests.zoo.library import build_library_model
@@ -39,20 +41,20 @@ MODELS: dict[str, Callable[[], tuple[nn.Module, Any]]] = {
 
 @pytest.mark.parametrize("which", sorted(SETS))
 @pytest.mark.parametrize("name", sorted(MODELS))
-def test_a_plan_for_a_gpu_is_what_its_operations_do(name: str, which: str) -> None:
-    """The same operations, run for real here: what is held and saved, and what gets a gradient."""
+def test_a_plan_for_a_gpu_goes_the_way_of_backward(name: str, which: str) -> None:
+    """What gets a gradient, and at what cost; bytes have `test_cuda_bytes.py`."""
     torch.manual_seed(0)
     model, example = MODELS[name]()
     model.train()
     graph = trace_model(model, example, kernels="cuda")
+    assert graph.trace_note == ""
     trained = choose(graph, which)
     cost = foretell(graph, trained, optimizer="sgd")
     with kernels_of("cuda"):
         seen = observe(model, example, set(trained))
-        peak = see(model, example, trained)
-    assert cost["peak_bytes"] == pytest.approx(peak, rel=0.05)
-    assert cost["activation_bytes"] == pytest.approx(seen.saved_bytes, rel=0.05)
     assert seen.reached == set(trained)
+    if name != "t5":  # whose mask trains: a CPU has no fused kernel for that
+        assert cost["step_flops"] == seen.forward_flops + seen.backward_flops
 
 
 def test_a_gpu_keeps_a_byte_for_each_number_that_may_be_dropped() -> None:
@@ -76,15 +78,21 @@ def test_a_gpu_keeps_no_matrix_of_attention() -> None:
 
 
 def test_the_kernels_of_a_cpu_are_back_whatever_happens() -> None:
-    before = F.dropout, F.scaled_dot_product_attention
+    x = torch.ones(3, requires_grad=True)
+
+    def name_node() -> str:
+        return F.dropout(x, 0.5).grad_fn.name()
+
+    assert name_node() == "MulBackward0"
 
     def interrupt() -> None:
         with kernels_of("cuda"):
+            assert name_node() == "NativeDropoutBackward0"
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         interrupt()
-    assert (F.dropout, F.scaled_dot_product_attention) == before
+    assert name_node() == "MulBackward0"
 
 
 def test_nothing_is_dropped_twice_or_in_eval_mode() -> None:
@@ -124,50 +132,71 @@ def test_a_device_is_said_to_have_room_only_by_its_own_kernels() -> None:
         assert tiny.cost["fits"] == {"cpu": False, "cuda:0": False}
 
 
-@pytest.mark.parametrize(
-    ("make", "is_fused"),
-    [
-        (lambda: ([torch.randn(2, 4, 6, 8)] * 3, {}), True),
-        (lambda: ([torch.randn(2, 4, 6, 8)] * 3, {"is_causal": True, "scale": 0.5}), True),
-        (
-            lambda: (
-                [torch.randn(2, 4, 6, 8), *[torch.randn(2, 2, 6, 8)] * 2],
-                {"enable_gqa": True},
-            ),
-            False,
-        ),
-        (
-            lambda: (
-                [torch.randn(2, 4, 6, 8).bfloat16(), *[torch.randn(2, 2, 6, 8).bfloat16()] * 2],
-                {"enable_gqa": True},
-            ),
-            True,
-        ),
-        (lambda: ([torch.randn(4, 6, 8)] * 3, {}), False),
-        (lambda: ([torch.randn(2, 4, 6, 8).double()] * 3, {}), False),
-    ],
-    ids=["plain", "causal", "groups", "groups in bf16", "three dimensions", "float64"],
-)
-def test_attention_is_fused_where_a_gpu_fuses_it(make: Callable[[], Any], is_fused: bool) -> None:
-    """And is the same attention, whichever way it runs."""
-    tensors, options = make()
-    tensors = [tensor.requires_grad_() for tensor in tensors]
-    expected = F.scaled_dot_product_attention(*tensors, **options)
-    with kernels_of("cuda"):
-        result = F.scaled_dot_product_attention(*tensors, **options)
-    assert torch.allclose(result.float(), expected.float(), atol=2e-2 if is_fused else 1e-5)
-    name = result.grad_fn.name() if result.grad_fn else ""
-    assert ("Flash" in name) is is_fused
+def heads(
+    count: int, width: int, dtype: torch.dtype = torch.float32, rows: int = 6
+) -> torch.Tensor:
+    return torch.randn(2, rows, count, width).to(dtype).transpose(1, 2).requires_grad_()
 
 
-def test_one_inside_another_ends_alone_and_leaves_what_was_there() -> None:
-    mine = F.dropout
+HALF = torch.bfloat16
+MASK = torch.zeros(2, 1, 6, 6)
+# As torch chooses on GPUs of architectures 8.0 to 12.0; asked of torch 2.11 and 2.13.
+ATTENTIONS: dict[str, tuple[Callable[[], list[torch.Tensor]], dict[str, Any], str]] = {
+    "float32": (lambda: [heads(4, 8)] * 3, {}, "Efficient"),
+    "float32, causal": (lambda: [heads(4, 8)] * 3, {"is_causal": True, "scale": 0.5}, "Efficient"),
+    "float32, a mask": (lambda: [heads(4, 8)] * 3, {"attn_mask": MASK}, "Efficient"),
+    "float32, truths": (lambda: [heads(4, 8)] * 3, {"attn_mask": MASK == 0}, "Efficient"),
+    "float32, a mask that trains": (
+        lambda: [heads(4, 8)] * 3, {"attn_mask": MASK.clone().requires_grad_()}, "Efficient",
+    ),
+    "float32, a mask of columns": (lambda: [heads(4, 8)] * 3, {"attn_mask": MASK.mT}, ""),
+    "float32, odd heads": (lambda: [heads(4, 6)] * 3, {}, ""),
+    "float32, groups": (lambda: [heads(4, 8), *[heads(2, 8)] * 2], {"enable_gqa": True}, ""),
+    "bfloat16": (lambda: [heads(4, 8, HALF)] * 3, {}, "Flash"),
+    "bfloat16, odd heads": (lambda: [heads(4, 6, HALF)] * 3, {}, "Flash"),
+    "bfloat16, wide heads": (lambda: [heads(4, 264, HALF)] * 3, {}, "Efficient"),
+    "bfloat16, narrow values": (
+        lambda: [*[heads(4, 16, HALF)] * 2, heads(4, 8, HALF)], {}, "Efficient",
+    ),
+    "bfloat16, a mask": (lambda: [heads(4, 8, HALF)] * 3, {"attn_mask": MASK == 0}, "Efficient"),
+    "bfloat16, odd heads, a mask": (lambda: [heads(4, 6, HALF)] * 3, {"attn_mask": MASK == 0}, ""),
+    "bfloat16, groups": (
+        lambda: [heads(4, 8, HALF), *[heads(2, 8, HALF)] * 2], {"enable_gqa": True}, "Flash",
+    ),
+    "bfloat16, causal, fewer rows": (
+        lambda: [heads(4, 8, HALF, rows=3), *[heads(4, 8, HALF)] * 2],
+        {"is_causal": True}, "Efficient",
+    ),
+    "three dimensions": (lambda: [torch.randn(4, 6, 8, requires_grad=True)] * 3, {}, ""),
+    "float64": (lambda: [heads(4, 8, torch.float64)] * 3, {}, ""),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ATTENTIONS)
+def test_attention_is_fused_where_a_gpu_fuses_it(name: str) -> None:
+    """And is the same attention where it runs for real."""
+    make, options, kernel = ATTENTIONS[name]
+    given = make()
+    options = {
+        key: mask.to(given[0].dtype) if isinstance(mask, torch.Tensor) and mask.is_floating_point()
+        else mask
+        for key, mask in options.items()
+    }  # fmt: skip
+    expected = F.scaled_dot_product_attention(*given, **options)
     with kernels_of("cuda"):
-        replaced = F.dropout
-        with kernels_of("cuda"), kernels_of("cpu"):
-            pass
-        assert F.dropout is replaced
-    assert F.dropout is mine
+        result = F.scaled_dot_product_attention(*given, **options)
+        mode = FakeTensorMode(allow_non_fake_inputs=True)
+        with mode:
+            fakes = [mode.from_tensor(tensor) for tensor in given]
+            fake = F.scaled_dot_product_attention(*fakes, **options)
+            found = {node.name() for node in nodes_in_order(fake.grad_fn)}
+            fake.float().sum().backward()
+    assert torch.allclose(
+        result.float(), expected.float(), atol=2e-2 if given[0].dtype is HALF else 1e-5
+    )
+    assert result.shape == fake.shape
+    fused = {node for node in found if "ScaledDotProduct" in node}
+    assert fused == ({f"ScaledDotProduct{kernel}AttentionBackward0"} if kernel else set())
 
 
 def test_whose_operations_they_are_survives_json_and_an_older_graph_is_a_cpus() -> None:
@@ -183,7 +212,7 @@ def test_where_there_is_a_gpu_models_are_traced_for_it(tmp_path: Path) -> None:
     db = Database(tmp_path / "frostline.db")
     service = Service(Settings(data_dir=tmp_path), db, WithGpu())
     service.add_model({"uri": "demo:digits"})
-    graph = trace_model(MODELS["encoder"]()[0], torch.randn(4, 12, 32), kernels="cuda")
+    graph = trace_model(MODELS["encoder"]()[0], torch.randn(4, 12, 32), kernels="sm_90")
     (tmp_path / "graphs").mkdir()
     job_folder.write_document(
         tmp_path / "graphs" / "1.json", {**graph.to_document(), "sequence_length": 12}
@@ -194,7 +223,7 @@ def test_where_there_is_a_gpu_models_are_traced_for_it(tmp_path: Path) -> None:
     service.preview_dataset({"model_id": 1, "dataset": {"uri": "demo:digits"}})
     with db.read() as session:
         asked = {task.kind: task.spec["kernels"] for task in session.exec(select(Task))}
-    assert asked == dict.fromkeys(("inspect", "trace", "calibrate", "preview"), "cuda")
+    assert asked == dict.fromkeys(("inspect", "trace", "calibrate", "preview"), "sm_90")
     db.close()
 
 
@@ -214,6 +243,5 @@ def test_a_worker_traces_as_it_is_told(tmp_path: Path, kernels: str) -> None:
 
 
 class WithGpu(Quiet):
-    def devices(self) -> list[dict[str, Any]]:
-        (cpu,) = super().devices()
-        return [cpu, {**cpu, "id": "cuda:0", "kind": "cuda"}]
+    def kernels(self) -> str:
+        return "sm_90"

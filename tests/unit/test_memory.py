@@ -20,6 +20,7 @@ from app.freezing.trace import trace_model
 from tests.unit.peaks import SETS, choose, foretell, see
 from tests.unit.test_findings import Secretive
 from tests.zoo.library import build_library_model
+from tests.zoo.observe import observe
 
 Build = Callable[[], tuple[nn.Module, Callable[[int], Any]]]
 
@@ -93,6 +94,47 @@ def test_the_peak_of_a_librarys_model_is_foretold(name: str, which: str) -> None
     assert peak == pytest.approx(see(model, example, trained), rel=0.05)
 
 
+@pytest.mark.parametrize(
+    "name", ["bert", "deberta-v2", "gpt2", "perceiver", "swin-v2", "t5", "vit", "xlnet"]
+)
+def test_a_larger_batch_is_foretold_for_what_does_not_grow_alike(name: str) -> None:
+    """Masks grow that are made of a shape alone; biases and positions of weights alone do not."""
+    torch.manual_seed(0)
+    model, example = build_library_model(name)
+    graph = trace_model(model.train(), example)
+    rows = {key: tensor.repeat(8, *[1] * (tensor.dim() - 1)) for key, tensor in example.items()}
+    trained = choose(graph, "everything")
+    cost = foretell(graph, trained, batch_size=8 * graph.batch_size, optimizer="sgd")
+    seen = observe(model, rows, set(trained))
+    assert cost["forward_flops"] == seen.forward_flops
+    assert cost["backward_flops"] == seen.backward_flops
+    assert cost["activation_bytes"] == pytest.approx(seen.saved_bytes, rel=0.01)
+    assert cost["peak_bytes"] == pytest.approx(see(model, rows, trained), rel=0.06)
+
+
+class Picky(nn.Module):
+    """A forward that refuses any other batch than one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(3, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if len(x) != 2:
+            raise ValueError("two rows, please")
+        return self.layer(x)
+
+
+def test_a_model_that_refuses_another_batch_is_traced_all_the_same() -> None:
+    model, example = Picky(), torch.randn(2, 3)
+    graph = trace_model(model, example)
+    assert (graph.traced_by, graph.trace_note, graph.fixed_nodes) == ("fake", "", ())
+    trained = choose(graph, "everything")
+    peak = foretell(graph, trained, optimizer="sgd")["peak_bytes"]
+    assert peak == pytest.approx(see(model, example, trained), rel=0.03)
+    assert foretell(graph, trained, batch_size=4)["forward_flops"] == 2 * graph.forward_flops
+
+
 def test_a_step_of_adam_may_hold_more_than_backward_did() -> None:
     model, make_example = perceptron()
     graph = trace_model(model, make_example(2))
@@ -111,7 +153,8 @@ def test_on_a_gpu_adam_steps_all_tensors_at_once() -> None:
     cpu, gpu = (foretell(graph, choose(graph, "everything"))["peak_bytes"] for graph in graphs)
     weights = sum(p.numel() for p in model.parameters()) * 4
     assert cpu < 4.6 * weights
-    assert 5 * weights <= gpu < 5.1 * weights
+    workspaces = 2 * 8_320 * 1024  # of cuBLAS, in forward and in backward
+    assert 5 * weights <= gpu - workspaces < 5.1 * weights
 
 
 def test_a_frozen_forward_holds_what_it_works_on() -> None:

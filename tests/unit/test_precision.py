@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from app.freezing.graph import ModelGraph
-from app.freezing.kernels import kernels_of
+from app.freezing.kernels import _autocast_kernels, kernels_of
 from app.freezing.trace import autocast, trace_model
 from tests.unit.peaks import SETS, choose, foretell, see
 from tests.unit.test_memory import MODELS, attention, perceptron
@@ -15,23 +15,19 @@ from tests.zoo.observe import observe
 
 
 @pytest.mark.parametrize("which", sorted(SETS))
-@pytest.mark.parametrize("kernels", ["cpu", "cuda"])
 @pytest.mark.parametrize("name", sorted(MODELS))
-def test_what_autocast_keeps_is_foretold_for_any_freeze_set(
-    name: str, kernels: str, which: str
-) -> None:
+def test_what_autocast_keeps_is_foretold_for_any_freeze_set(name: str, which: str) -> None:
     """At another batch size than was traced: copies of weights do not grow with it."""
     torch.manual_seed(0)
     model, make_example = MODELS[name]()
     model.train()
-    graph = trace_model(model, make_example(2), kernels=kernels, precision="bf16")
+    graph = trace_model(model, make_example(2), precision="bf16")
     trained = choose(graph, which)
     cost = foretell(graph, trained, batch_size=24, optimizer="sgd", precision="bf16")
     example = make_example(24)
-    with kernels_of(kernels):
-        with autocast(model, "bf16"):
-            seen = observe(model, example, set(trained))
-        peak = see(model, example, trained, precision="bf16")
+    with autocast(model, "bf16"):
+        seen = observe(model, example, set(trained))
+    peak = see(model, example, trained, precision="bf16")
     assert seen.reached == set(trained)
     if name != "checkpoints":  # of which what a checkpoint itself holds is not called saved
         assert cost["activation_bytes"] == pytest.approx(seen.saved_bytes, rel=0.01)
@@ -39,22 +35,18 @@ def test_what_autocast_keeps_is_foretold_for_any_freeze_set(
 
 
 @pytest.mark.parametrize("which", ["everything", "the end", "every third"])
-@pytest.mark.parametrize("kernels", ["cpu", "cuda"])
 @pytest.mark.parametrize("name", ["bert", "gpt2", "llama", "vit", "resnet", "mixtral"])
-def test_what_autocast_keeps_of_a_librarys_model_is_foretold(
-    name: str, kernels: str, which: str
-) -> None:
+def test_what_autocast_keeps_of_a_librarys_model_is_foretold(name: str, which: str) -> None:
     torch.manual_seed(0)
     model, example = build_library_model(name)
     model.train()
-    graph = trace_model(model, example, kernels=kernels, precision="bf16")
+    graph = trace_model(model, example, precision="bf16")
     assert graph.traced_by == "fake", graph.trace_note
     trained = choose(graph, which)
     cost = foretell(graph, trained, optimizer="sgd", precision="bf16")
-    with kernels_of(kernels):
-        with autocast(model, "bf16"):
-            seen = observe(model, example, set(trained))
-        peak = see(model, example, trained, precision="bf16")
+    with autocast(model, "bf16"):
+        seen = observe(model, example, set(trained))
+    peak = see(model, example, trained, precision="bf16")
     assert cost["activation_bytes"] == pytest.approx(seen.saved_bytes, rel=0.02)
     assert cost["peak_bytes"] == pytest.approx(peak, rel=0.05)
 
@@ -81,12 +73,40 @@ def test_a_gpu_takes_norms_and_softmax_in_float32_under_autocast() -> None:
         "layer_norm": lambda: torch.nn.functional.layer_norm(x, (4,)),
         "softmax": lambda: torch.nn.functional.softmax(x, -1),
         "cross_entropy": lambda: torch.nn.functional.cross_entropy(x, torch.tensor([0, 1])),
+        "pow": lambda: x**3,
+        "exp": lambda: x.exp(),
+        "sum": lambda: x.sum(-1),
     }
     for take in takes.values():
         with kernels_of("cuda"):
             with torch.autocast("cpu", torch.bfloat16):
                 assert take().dtype == torch.float32
             assert take().dtype == torch.bfloat16
+
+
+def test_what_a_cpus_autocast_alone_widens_stays_narrow_on_a_gpu() -> None:
+    x = torch.ones(1, 1, 4, 4, dtype=torch.bfloat16)
+
+    def pad() -> torch.Tensor:
+        return torch.nn.functional.pad(x, (1, 1, 1, 1), mode="reflect")
+
+    with torch.autocast("cpu", torch.bfloat16):
+        assert pad().dtype == torch.float32
+        with kernels_of("cuda"):
+            assert pad().dtype == torch.bfloat16
+        assert pad().dtype == torch.float32
+
+
+def test_every_operation_of_a_gpus_autocast_is_replaced_or_known_to_be_left() -> None:
+    has = torch._C._dispatch_has_kernel_for_dispatch_key
+    names = {name for name in torch._C._dispatch_get_all_op_names() if name.startswith("aten::")}
+    gpus = {name for name in names if has(name, "AutocastCUDA") and not has(name, "AutocastCPU")}
+    widest = {"addcdiv", "addcmul", "atan2", "bilinear", "cross", "dot", "index_put"}
+    widest |= {"scatter_add", "tensordot", "vdot"}
+    only_there = {"_convolution", "_scaled_dot_product_flash_attention", "cudnn_convolution"}
+    only_there |= {"cudnn_convolution_transpose", "_thnn_fused_gru_cell", "_thnn_fused_lstm_cell"}
+    left = {name.removeprefix("aten::") for name in gpus} - _autocast_kernels().keys()
+    assert left == widest | only_there
 
 
 def test_fp16_keeps_as_much_as_bf16() -> None:

@@ -42,6 +42,9 @@ class Quiet:
     def devices(self) -> list[dict[str, Any]]:
         return [{"id": "cpu", "name": "silly", "kind": "cpu", "bytes": 2**30, "busy": False}]
 
+    def kernels(self) -> str:
+        return "cpu"
+
     def slots(self) -> dict[str, dict[str, int]]:
         return {kind: {"total": kind != "cuda", "busy": 0} for kind in ("cpu", "cuda", "tasks")}
 

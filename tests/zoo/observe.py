@@ -58,13 +58,17 @@ def _grouped_product(a: Any, b: Any, *_: Any, out_val: Any, **__: Any) -> int:
 
 
 aten = torch.ops.aten
+ATTENTIONS = ("flash_attention_for_cpu", "flash_attention", "efficient_attention")
 FORMULAS: dict[Any, Any] = {
     **flop_registry,
     aten.convolution_backward: _convolution_backward,
-    aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
-    aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda _grad, q, k, v, *_, **__: (
-        _attention_flops(q, k, v) * 5 // 2
-    ),
+    **{getattr(aten, f"_scaled_dot_product_{kind}"): _attention_flops for kind in ATTENTIONS},
+    **{
+        getattr(aten, f"_scaled_dot_product_{kind}_backward"): (
+            lambda _grad, q, k, v, *_, **__: _attention_flops(q, k, v) * 5 // 2
+        )
+        for kind in ATTENTIONS
+    },
     aten._grouped_mm: _grouped_product,
     aten.mkldnn_rnn_layer: _lstm_flops,
     aten.mkldnn_rnn_layer_backward: lambda *args, **__: 2 * _lstm_flops(*args),
