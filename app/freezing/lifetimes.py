@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -22,6 +23,7 @@ from app.freezing.nodes import Read, kept_tensors
 from app.freezing.record import sequence_number, storage_key
 
 Told = TypeVar("Told")
+_IN_A_VIEW = "torch::autograd::CopySlices"
 
 
 class NotSeen(Exception):
@@ -37,7 +39,7 @@ def read_memory(
     *,
     is_autocast: bool = False,
     larger: Grown | None = None,
-) -> Memory:
+) -> Seen:
     """See what a forward and backward pass makes and lets go.
 
     Nothing that a node saves is kept alive by it: a stand-in of the same shape takes its place in
@@ -58,10 +60,29 @@ def read_memory(
     Side effects: none; parameters have the gradients that they had, and no others.
     """
 
-    def tell(watch: _Watch, storages: dict[int, int], ends: dict[int, int]) -> Memory:
-        return watch.tell(read.nodes, storages, ends, larger)
+    def tell(watch: _Watch, functions: Sequence[Any], ends: dict[int, int]) -> Seen:
+        known = [(f, i) for f, i in zip(functions, read.order, strict=True) if i >= 0]
+        open_ = {f._sequence_nr() for f, i in known if read.nodes[i].saved}
+        hidden = {
+            i: watch.find_hidden(f._sequence_nr(), open_)
+            for f, i in known
+            if f.name() == _IN_A_VIEW
+        }
+        return Seen(watch.tell(read.nodes, ends, larger), hidden)
 
     return _watch_step(tell, take_forward, given, model, read, resting, is_autocast)
+
+
+class Seen(NamedTuple):
+    """What a step makes and lets go.
+
+    Attributes:
+        hidden: node that writes into a view → what the operation that is written saves, as
+            `Node.saved` has it: its own node lies inside that one, where nobody sees it.
+    """
+
+    memory: Memory
+    hidden: dict[int, tuple[tuple[int, int, tuple[int, ...]], ...]]
 
 
 class Grown(NamedTuple):
@@ -95,7 +116,7 @@ def read_grown(
 
 
 def _watch_step(
-    tell: Callable[[_Watch, dict[int, int], dict[int, int]], Told],
+    tell: Callable[[_Watch, Sequence[Any], dict[int, int]], Told],
     take_forward: Callable[[], tuple[torch.Tensor, Any]],
     given: Sequence[torch.Tensor],
     model: nn.Module,
@@ -103,8 +124,14 @@ def _watch_step(
     resting: set[int],
     is_autocast: bool,
 ) -> Told:
-    """Take a step, and tell of it while all that it made is there: see `_Watch.tell`."""
-    watch, nodes = _Watch(resting, is_autocast), read.nodes
+    """Take a step, and tell of it while all that it made is there.
+
+    Args:
+        tell: is given the step, its nodes as autograd has them, and the storage of each
+            parameter's gradient → the parameter's node.
+    """
+    nodes = read.nodes
+    watch = _Watch(resting, is_autocast, first_free=1 + max(_storages(nodes), default=-1))
     own = [(p, p.grad, dict(p._post_accumulate_grad_hooks or ())) for p in model.parameters()]
     for parameter, _, hooks in own:
         parameter.grad = None
@@ -118,7 +145,6 @@ def _watch_step(
             functions = list(nodes_in_order(value.grad_fn))
             if len(functions) != len(read.order):
                 raise NotSeen("A second forward makes another graph.")
-            storages: dict[int, int] = {}
             for function, index in zip(functions, read.order, strict=True):
                 if index < 0:
                     continue
@@ -126,7 +152,7 @@ def _watch_step(
                     raise NotSeen("A second forward makes another graph.")
                 if nodes[index].saved:
                     kept = [tensor for _, tensor in kept_tensors(function, resting)]
-                    storages |= watch.find_saved(kept, nodes[index])
+                    watch.find_saved(kept, nodes[index])
                 watch.find_flops(function, index)
                 function.register_prehook(lambda _, index=index: watch.start_node(index))
             watch.start_node(read.order[-1])
@@ -138,7 +164,7 @@ def _watch_step(
             if p.grad is not None and p.grad.layout is torch.strided
         }
         del held
-        return tell(watch, storages, ends)
+        return tell(watch, functions, ends)
     finally:
         for parameter, gradient, hooks in own:
             parameter.grad = gradient
@@ -160,8 +186,11 @@ class _Saved:
 class _Watch(TorchDispatchMode):
     """Numbers storages as they are made, and notes when each is made and let go."""
 
-    def __init__(self, resting: set[int], is_autocast: bool) -> None:
+    def __init__(self, resting: set[int], is_autocast: bool, first_free: int) -> None:
         super().__init__()
+        self._storages: dict[int, int] = {}  # number of a storage → what the traced graph calls it
+        self._free = itertools.count(first_free)
+        self._packed: dict[int, list[int]] = {}  # number of a node → numbers of what it saves
         self._is_autocast = is_autocast
         self._ignored = set(resting)
         self._alive: dict[int, int] = {}
@@ -246,6 +275,7 @@ class _Watch(TorchDispatchMode):
         number = self._alive.get(storage_key(tensor)) if _is_plain(tensor) else None
         if number is None:
             return tensor
+        self._packed.setdefault(sequence_number() - 1, []).append(number)
         with self._paused():
             return _Saved(tensor, number)
 
@@ -282,39 +312,49 @@ class _Watch(TorchDispatchMode):
         """Note what the operation of a node took."""
         self.flops[index] = self._flops.get(function._sequence_nr(), 0)
 
-    def find_saved(self, tensors: Sequence[torch.Tensor], node: Node) -> dict[int, int]:
-        """Number of each storage that a node saves → what the traced graph calls it.
+    def find_saved(self, tensors: Sequence[torch.Tensor], node: Node) -> None:
+        """Note what the traced graph calls each storage that a node saves.
 
         A workspace, which comes first, is no tensor that anybody sees.
         """
         hidden = len(node.saved) - len(tensors)
         if hidden < 0:
             raise NotSeen("A second forward saves other tensors.")
-        found = {}
         for storage, size, _ in node.saved[:hidden]:
-            found[self._note_gone(size)] = storage
+            self._storages[self._note_gone(size)] = storage
         seen = node.saved[hidden:]
         for tensor, (storage, _, _) in zip(tensors, seen, strict=True):
             key = storage_key(tensor)
             if (known := self._stand_ins.get(key, self._alive.get(key))) is not None:
-                found[known] = storage
-        return found
+                self._storages[known] = storage
+
+    def find_hidden(
+        self, view: int, others: Container[int]
+    ) -> tuple[tuple[int, int, tuple[int, ...]], ...]:
+        """What the operation inside such a node saves; new names for what no other saves.
+
+        The operation's own node comes before that of the view, by which the view is read anew
+        behind it; its result is saved after all three were made.
+
+        Args:
+            others: numbers of nodes that save something themselves.
+        """
+        near = (n for n in (view - 1, view, view + 1) if n not in others)
+        saved = []
+        for number in (number for n in near for number in self._packed.get(n, ())):
+            if number not in self._storages:
+                self._storages[number] = next(self._free)
+            saved.append((self._storages[number], self._made[number][0], ()))
+        return tuple(saved)
 
     @property
     def sizes(self) -> list[int]:
         return [size for size, _ in self._made]
 
-    def tell(
-        self,
-        nodes: Sequence[Node],
-        storages: Mapping[int, int],
-        ends: Mapping[int, int],
-        larger: Grown | None,
-    ) -> Memory:
+    def tell(self, nodes: Sequence[Node], ends: Mapping[int, int], larger: Grown | None) -> Memory:
         """All of it as plain values.
 
         Args:
-            storages: number of a storage → what the traced graph calls it.
             ends: storage of each parameter's gradient → the parameter's node.
             larger: the same on a larger batch.
         """
@@ -326,8 +366,8 @@ class _Watch(TorchDispatchMode):
         forward: list[Change] = []
         for number, is_made in self._put_forward(border):
             size, is_scaled = self._made[number]
-            if not is_made and number in storages:
-                forward.append(Change(storages[number], is_scaled, size, 0))
+            if not is_made and number in self._storages:
+                forward.append(Change(self._storages[number], is_scaled, size, 0))
             else:
                 _append(forward, Change(-1, is_scaled, *_step(size, is_made)))
         consumers = self._find_consumers(ends)
@@ -374,6 +414,10 @@ class _Watch(TorchDispatchMode):
             if number in consumers and key in ends:
                 consumers[number] = consumers[number][0], ends[key]
         return consumers
+
+
+def _storages(nodes: Sequence[Node]) -> Iterator[int]:
+    return (storage for node in nodes for storage, _, _ in node.saved)
 
 
 def _is_plain(tensor: torch.Tensor) -> bool:

@@ -18,8 +18,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from app.freezing.fakes import enter_known, known_values, see_known
 from app.freezing.graph import Buffer, ModelGraph, Module, Parameter
 from app.freezing.kernels import kernels_of
-from app.freezing.lifetimes import Grown, read_grown, read_memory
-from app.freezing.memory import Memory
+from app.freezing.lifetimes import Grown, Seen, read_grown, read_memory
 from app.freezing.nodes import read_nodes
 from app.freezing.record import Attentions, Recorder, Spans, storage_key
 from app.freezing.undisturbed import undisturbed
@@ -247,13 +246,17 @@ def _trace(
             return how(forward, given, model, read, places, is_autocast=is_autocast, **options)
 
     grown = _see_grown(look, larger)
-    memory, note = _see_memory(look, example, grown)
+    seen, note = _see_memory(look, example, grown)
+    hidden = {} if seen is None else seen.hidden
     return replace(
         bare,
-        nodes=read.nodes,
+        nodes=tuple(
+            replace(node, saved=node.saved + hidden[i]) if i in hidden else node
+            for i, node in enumerate(read.nodes)
+        ),
         extras=read.extras,
         forward_flops=flops,
-        memory=memory,
+        memory=None if seen is None else seen.memory,
         fixed_nodes=() if grown is None else grown.fixed_nodes,
         trace_note=note,
     )
@@ -288,7 +291,7 @@ def _see_grown(look: Callable[..., Any], larger: Any) -> Grown | None:
 
 def _see_memory(
     look: Callable[..., Any], example: Any, grown: Grown | None
-) -> tuple[Memory | None, str]:
+) -> tuple[Seen | None, str]:
     """What a second step, with its backward, makes and lets go; else why that is not known."""
     try:
         return look(read_memory, example, larger=grown), ""
