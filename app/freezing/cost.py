@@ -13,7 +13,7 @@ from app.freezing.timing import Timing
 
 FULL_COSTS_KEPT = 100
 # What torch gives cuBLAS to work in where CUBLAS_WORKSPACE_CONFIG does not say otherwise.
-_WORKSPACE = {"cuda": 8_320 * 1024, "sm_90": 32 * 1024**2}
+_WORKSPACE = {"cuda": 8_320 * 1024, "hopper": 32 * 1024**2}
 
 
 @dataclass(frozen=True)

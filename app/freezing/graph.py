@@ -130,9 +130,10 @@ class ModelGraph:
         forward_flops: of one forward pass on the example, operations outside autograd included.
         batch_size: first dimension of the example that was traced.
         memory: what a step makes and lets go; None where that could not be seen.
+        fixed_flops: those of `forward_flops` to which no larger batch adds.
         fixed_nodes: indices of nodes whose operation costs the same whatever the batch.
         kernels: whose operations the nodes are, which keep different things: ``cpu``, ``cuda``, or
-            ``sm_90`` for a GPU of that architecture, Hopper's.
+            ``hopper`` for a GPU of that architecture or a newer one.
         precision: ``fp32``, or ``bf16`` or ``fp16`` for a forward under autocast.
         sequence_length, image_size: of that example, as far as it has them.
     """
@@ -146,6 +147,7 @@ class ModelGraph:
     forward_flops: int = 0
     batch_size: int = 1
     memory: Memory | None = None
+    fixed_flops: int = 0
     fixed_nodes: tuple[int, ...] = ()
     kernels: str = "cpu"
     precision: str = "fp32"
@@ -346,6 +348,7 @@ class ModelGraph:
             "forward_flops": self.forward_flops,
             "batch_size": self.batch_size,
             "memory": None if self.memory is None else self.memory.to_document(),
+            "fixed_flops": self.fixed_flops,
             "fixed_nodes": self.fixed_nodes,
             "kernels": self.kernels,
             "precision": self.precision,
@@ -378,7 +381,8 @@ class ModelGraph:
             forward_flops=document["forward_flops"],
             batch_size=document["batch_size"],
             memory=_read_memory(document.get("memory")),
-            fixed_nodes=tuple(document.get("fixed_nodes", ())),  # an older graph says none of these
+            fixed_flops=document.get("fixed_flops", 0),  # an older graph says none of these
+            fixed_nodes=tuple(document.get("fixed_nodes", ())),
             kernels=document.get("kernels", "cpu"),
             precision=document.get("precision", "fp32"),
             sequence_length=document.get("sequence_length"),

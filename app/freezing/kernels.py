@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections.abc import Callable, Iterator
-from functools import cache
+from functools import cache, partial, reduce
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.library import fallthrough_kernel
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 aten = torch.ops.aten
 _FLASH, _FLASH_BACKWARD = (
@@ -30,6 +30,7 @@ _EFFICIENT, _EFFICIENT_BACKWARD = (
     aten._scaled_dot_product_efficient_attention,
     aten._scaled_dot_product_efficient_attention_backward,
 )
+_RECURRENT = "mkldnn_rnn_layer"  # stands for cuDNN's, which autocast narrows too
 _HALF = (torch.bfloat16, torch.float16)
 
 
@@ -83,13 +84,14 @@ def _attend(
     That of a CPU drops nothing, so nothing is dropped.
     """
     options: dict[str, Any] = {"scale": scale, "enable_gqa": enable_gqa}
-    kernel = _choose_kernel(query, key, value, attn_mask, is_causal)
+    kernel = _choose_kernel(query, key, value, attn_mask, is_causal, enable_gqa)
+    attn_mask = _as_numbers(attn_mask, query.dtype)
     result: Tensor
     if kernel is None:
         result, _ = aten._scaled_dot_product_attention_math(
             query, key, value, attn_mask, dropout_p, is_causal, **options
         )
-    elif not isinstance(query, FakeTensor):
+    elif not any(isinstance(tensor, FakeTensor) for tensor in (query, key, value)):
         plain = aten.scaled_dot_product_attention.default
         result = _plainly(plain, query, key, value, attn_mask, 0.0, is_causal, **options)
     elif kernel is _FLASH:
@@ -102,7 +104,12 @@ def _attend(
 
 
 def _choose_kernel(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, is_causal: bool
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    is_causal: bool,
+    enable_gqa: bool,
 ) -> Any:
     """The fused kernel that torch takes on a GPU of compute capability 8.0 or more, if any does.
 
@@ -115,14 +122,25 @@ def _choose_kernel(
         return None
     if len({t.shape[0] for t in given}) > 1 or query.dtype not in (torch.float32, *_HALF):
         return None
+    heads, *shared = (t.shape[1] for t in given)
+    is_grouped = set(shared) != {heads}
+    if is_grouped and (not enable_gqa or len(set(shared)) > 1):
+        return None
     widths = {t.shape[-1] for t in given}
     is_half, is_square = query.dtype in _HALF, query.shape[-2] == key.shape[-2]
     is_plain = mask is None and (is_square or not is_causal)
-    if is_half and is_plain and len(widths) == 1 and max(widths) <= 256:
+    is_flash = is_half and is_plain and len(widths) == 1 and max(widths) <= 256
+    if is_flash and torch.backends.cuda.flash_sdp_enabled():
         return _FLASH
-    is_grouped = query.shape[1] != key.shape[1]
-    is_even = not any(width % (8 if is_half else 4) for width in widths)
-    return _EFFICIENT if is_even and not is_grouped else None
+    is_even = not any(width % (8 if is_half else 4) for width in widths) and not is_grouped
+    return _EFFICIENT if is_even and torch.backends.cuda.mem_efficient_sdp_enabled() else None
+
+
+def _as_numbers(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    if mask is None or mask.dtype is not torch.bool:
+        return mask
+    never = torch.full((), -torch.inf, dtype=dtype)
+    return torch.where(mask, torch.zeros((), dtype=dtype), never)
 
 
 def _attend_in_eights(
@@ -138,10 +156,7 @@ def _attend_in_eights(
 
 
 def _as_bias(mask: Tensor, query: Tensor, key: Tensor) -> Tensor:
-    """A mask as the kernel takes it: as numbers, its rows eight numbers apart or a multiple."""
-    if mask.dtype is torch.bool:
-        never = torch.full((), -torch.inf, dtype=query.dtype)
-        mask = torch.where(mask, torch.zeros((), dtype=query.dtype), never)
+    """A mask as the kernel takes it: its rows eight numbers apart, or a multiple."""
     if any(stride % 8 for stride in mask.stride()[:-1]):
         width = mask.shape[-1]
         mask = F.pad(mask, (0, 8 - width % 8))[..., :width]
@@ -173,11 +188,13 @@ def _round_up(number: int, to: int) -> int:
 
 # ---------------------------------------------------------------------------------------- autocast
 
-# What a GPU's autocast takes in the narrow type, in float32, and with float32 for its sums, beyond
-# what a CPU's does. Those left out take the widest type that comes.
-_NARROW = (
-    *("addmv", "addr", "chain_matmul", "convolution", "einsum", "linalg_multi_dot", "mv"),
-    *("gru_cell", "lstm_cell", "rnn_relu_cell", "rnn_tanh_cell"),
+# What a GPU's autocast takes in the narrow type, in the widest that comes, in float32, and with
+# float32 for its sums, beyond what a CPU's does. Of what is made of other operations, like einsum
+# or a cell of an LSTM, those are narrowed, with the copies of weights that autocast keeps.
+_NARROW = ("addmv", "addr", "convolution", "mv")
+_WIDEST = (
+    *("addcdiv", "addcmul", "atan2", "bilinear", "cross", "dot", "index_put", "scatter_add"),
+    *("tensordot", "vdot"),
 )
 _WIDE = (
     *("acos", "asin", "cosh", "erfinv", "exp", "expm1", "log", "log10", "log1p", "log2", "pdist"),
@@ -209,21 +226,29 @@ def _autocast_kernels() -> dict[str, Any]:
         }
         for kind in ("CPU", "CUDA")
     }
-    kernels: dict[str, Any] = dict.fromkeys(on["CPU"] - on["CUDA"], fallthrough_kernel)
-    for names, make in ((_NARROW, _narrowed), (_WIDE, _widened), (_SUMS, _summed)):
+    alone = (n for n in on["CPU"] - on["CUDA"] if n != _RECURRENT and not n.startswith("fft_"))
+    kernels: dict[str, Any] = dict.fromkeys(alone, fallthrough_kernel)
+    makers = ((_NARROW, _narrowed), (_WIDEST, _promoted), (_WIDE, _widened), (_SUMS, _summed))
+    for names, make in makers:
         for name in on["CUDA"].difference(on["CPU"]).intersection(names):
             packet, _, overload = name.partition(".")
             kernels[name] = make(getattr(getattr(aten, packet), overload or "default"))
     return kernels
 
 
-def _cast(operation: Any, dtype: Callable[[], torch.dtype]) -> Callable[..., Any]:
-    def cast(tensor: Tensor) -> Tensor:
-        is_cast = tensor.is_floating_point() and tensor.dtype is not torch.float64
-        return tensor.to(dtype()) if is_cast else tensor
+def _cast(operation: Any, choose: Callable[[list[torch.dtype]], torch.dtype]) -> Callable[..., Any]:
+    """The operation with its numbers in the type that is chosen by theirs; float64 stays."""
+
+    def is_cast(leaf: Any) -> bool:
+        is_number = isinstance(leaf, Tensor) and leaf.is_floating_point()
+        return is_number and leaf.dtype is not torch.float64
 
     def run(*args: Any, **kwargs: Any) -> Any:
-        args, kwargs = tree_map_only(Tensor, cast, (args, kwargs))
+        dtypes = [leaf.dtype for leaf in tree_leaves((args, kwargs)) if is_cast(leaf)]
+        to = choose(dtypes) if dtypes else torch.float32
+        args, kwargs = tree_map_only(
+            Tensor, lambda tensor: tensor.to(to) if is_cast(tensor) else tensor, (args, kwargs)
+        )
         with torch.autocast("cpu", enabled=False):
             return operation(*args, **kwargs)
 
@@ -231,11 +256,15 @@ def _cast(operation: Any, dtype: Callable[[], torch.dtype]) -> Callable[..., Any
 
 
 def _narrowed(operation: Any) -> Callable[..., Any]:
-    return _cast(operation, lambda: torch.get_autocast_dtype("cpu"))
+    return _cast(operation, lambda _: torch.get_autocast_dtype("cpu"))
+
+
+def _promoted(operation: Any) -> Callable[..., Any]:
+    return _cast(operation, partial(reduce, torch.promote_types))
 
 
 def _widened(operation: Any) -> Callable[..., Any]:
-    return _cast(operation, lambda: torch.float32)
+    return _cast(operation, lambda _: torch.float32)
 
 
 def _summed(operation: Any) -> Callable[..., Any]:

@@ -90,10 +90,12 @@ class Grown(NamedTuple):
 
     Attributes:
         sizes: bytes of all that it makes, in order.
+        forward_flops: of all of forward.
         fixed_nodes: those whose operation costs what it cost when it was traced.
     """
 
     sizes: list[int]
+    forward_flops: int
     fixed_nodes: tuple[int, ...]
 
 
@@ -110,7 +112,7 @@ def read_grown(
 
     def tell(watch: _Watch, *_: object) -> Grown:
         fixed = (i for i, flops in watch.flops.items() if flops == read.nodes[i].forward_flops > 0)
-        return Grown(watch.sizes, tuple(sorted(fixed)))
+        return Grown(watch.sizes, watch.forward_flops, tuple(sorted(fixed)))
 
     return _watch_step(tell, take_forward, given, model, read, resting, is_autocast)
 
@@ -201,8 +203,11 @@ class _Watch(TorchDispatchMode):
         self._copies: dict[int, int] = {}  # number of a copy of a weight → place where it was used
         self._waiting: list[int] = []  # copies that the next operation uses
         self._is_paused = False
-        self._flops: dict[int, int] = {}  # by the number of the newest node
+        self._foretold: set[int] = set()  # numbers of workspaces: of the batch that was traced
+        self._newest = sequence_number() - 1
+        self._flops: dict[int, int] = {}  # by the number of the node that was made
         self.flops: dict[int, int] = {}  # by node
+        self.forward_flops = 0
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
@@ -210,8 +215,8 @@ class _Watch(TorchDispatchMode):
         kwargs = kwargs or {}
         result, read = run_operation(func, args, kwargs)
         if not self._is_paused and func.namespace != "prim":
-            number = sequence_number() - 1
-            self._flops[number] = self._flops.get(number, 0) + flops_of(func, args, kwargs, result)
+            if not self._starts:
+                self._count_flops(flops_of(func, args, kwargs, result))
             is_scaled = any(map(self._is_scaled, read))
             for leaf in tree_leaves(result):
                 if isinstance(leaf, torch.Tensor):
@@ -221,6 +226,14 @@ class _Watch(TorchDispatchMode):
             if self._is_autocast:
                 self._note_copies(func, read, result)
         return result
+
+    def _count_flops(self, flops: int) -> None:
+        """Count what an operation of forward took, for the node that it made, if it made one."""
+        number, before = sequence_number() - 1, self._newest
+        self._newest = number
+        self.forward_flops += flops
+        if number != before and flops:
+            self._flops[number] = flops
 
     def _note_copies(self, func: Any, read: Sequence[torch.Tensor], result: Any) -> None:
         """Note when a copy of a weight that autocast makes was used.
@@ -321,7 +334,9 @@ class _Watch(TorchDispatchMode):
         if hidden < 0:
             raise NotSeen("A second forward saves other tensors.")
         for storage, size, _ in node.saved[:hidden]:
-            self._storages[self._note_gone(size)] = storage
+            number = self._note_gone(size)
+            self._storages[number] = storage
+            self._foretold.add(number)
         seen = node.saved[hidden:]
         for tensor, (storage, _, _) in zip(tensors, seen, strict=True):
             key = storage_key(tensor)
@@ -360,8 +375,8 @@ class _Watch(TorchDispatchMode):
         """
         is_known = larger is not None and len(larger.sizes) == len(self._made)
         if larger is not None and is_known:
-            sizes = zip(self.sizes, larger.sizes, strict=True)
-            self._made = [(size, size != other) for size, other in sizes]
+            sizes = enumerate(zip(self.sizes, larger.sizes, strict=True))
+            self._made = [(a, a != b or number in self._foretold) for number, (a, b) in sizes]
         border = self._starts[0][0]
         forward: list[Change] = []
         for number, is_made in self._put_forward(border):

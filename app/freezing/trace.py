@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass, replace
 from functools import partial
@@ -35,14 +36,15 @@ def trace_model(
     kernels: str = "cpu",
     precision: str = "fp32",
 ) -> ModelGraph:
-    """Read a model's modules and its autograd graph, everything trainable, by one forward pass.
+    """Read a model's modules and its autograd graph, everything trainable, from a forward pass.
 
-    The pass is made in train mode with a fixed seed, stochastic depth forced to keep, and under
-    fake tensors: nothing is computed and no weight is touched; a model that was built of fake
-    tensors has none. The forward may look at whole numbers of the example and at what follows from
-    them alone, and is told that what depends on weights is finite. Where a model cannot run so (its
-    forward looks at values), one real pass is made instead; where that fails too, the graph has no
-    nodes and says why.
+    Two steps more tell what is held when, and what grows with the batch. All passes are made in
+    train mode with a fixed seed, stochastic depth forced to keep, and under fake tensors: nothing
+    is computed and no weight is touched; a model that was built of fake tensors has none. The
+    forward may look at whole numbers of the example and at what follows from them alone, and is
+    told that what depends on weights is finite. Where a model cannot run so (its forward looks at
+    values), real passes are made instead; where that fails too, the graph has no nodes and says
+    why.
 
     Args:
         model: on any device; its flags, mode and buffers are left as they were.
@@ -51,8 +53,8 @@ def trace_model(
         loss: ``(output, example) -> scalar``; by default the output's ``.loss``, else the mean
             square of its logits, last hidden state or first floating tensor.
         ways: those that may be tried, the first that works is taken.
-        kernels: ``cuda`` or ``sm_90`` for a model that lies on a CPU here and is to be trained on a
-            GPU: see `ModelGraph.kernels`.
+        kernels: ``cuda`` or ``hopper`` for a model that lies on a CPU here and is to be trained on
+            a GPU: see `ModelGraph.kernels`.
         precision: ``bf16`` or ``fp16`` for forwards under autocast.
 
     Returns:
@@ -77,7 +79,7 @@ def trace_model(
                 notes += [traced.trace_note] * bool(traced.trace_note)
                 graph = replace(traced, traced_by=how, kernels=kernels, precision=precision)
                 break
-    return replace(graph, trace_note=" ".join(notes), batch_size=_batch_size(example))
+    return replace(graph, trace_note=" ".join(notes), batch_size=count_rows(example))
 
 
 def _in_short(error: Exception) -> str:
@@ -108,7 +110,8 @@ def call_model(model: Callable[..., Any], example: Any) -> Any:
     return model(example)
 
 
-def _batch_size(example: Any) -> int:
+def count_rows(example: Any) -> int:
+    """The first dimension of an example's first tensor that has one, at least 1."""
     for leaf in tree_leaves(example):
         if isinstance(leaf, torch.Tensor) and leaf.dim():
             return max(1, leaf.shape[0])
@@ -216,14 +219,13 @@ def _trace(
             return scalar_loss(output, example, loss), output
 
     mode: Any = contextlib.nullcontext()
-    larger = _double(example) if fake else None
+    as_given = example
     if fake:
         mode = _fake_mode(model) or FakeTensorMode(allow_non_fake_inputs=True)
     with _one_pass(model, mode):
         resting: list[torch.Tensor] = [*model.parameters(), *model.buffers()]
         if isinstance(mode, FakeTensorMode):
-            enter = partial(tree_map_only, torch.Tensor, partial(enter_known, mode))
-            example, larger = enter(example), enter(larger)
+            example = tree_map_only(torch.Tensor, partial(enter_known, mode), example)
             resting += [see_known(mode, tensor) for tensor in resting]  # as operations see them
         names = {id(p): name for name, p in reversed(list(model.named_parameters()))}
         spans, recorder = Spans(model), Recorder(model)
@@ -239,13 +241,15 @@ def _trace(
         del output, value, recorder, attentions
 
     def look(how: Callable[..., Any], example: Any, **options: Any) -> Any:
-        given = [leaf for leaf in tree_leaves(example) if isinstance(leaf, torch.Tensor)]
         is_autocast = precision != "fp32"
         with _one_pass(model, mode):
+            if isinstance(mode, FakeTensorMode):
+                example = tree_map_only(torch.Tensor, partial(enter_known, mode), example)
+            given = [leaf for leaf in tree_leaves(example) if isinstance(leaf, torch.Tensor)]
             forward = partial(take_forward, example)
             return how(forward, given, model, read, places, is_autocast=is_autocast, **options)
 
-    grown = _see_grown(look, larger)
+    grown = _see_grown(look, as_given) if fake else None
     seen, note = _see_memory(look, example, grown)
     hidden = {} if seen is None else seen.hidden
     return replace(
@@ -258,6 +262,7 @@ def _trace(
         forward_flops=flops,
         memory=None if seen is None else seen.memory,
         fixed_nodes=() if grown is None else grown.fixed_nodes,
+        fixed_flops=0 if grown is None else max(0, 2 * flops - grown.forward_flops),
         trace_note=note,
     )
 
@@ -278,15 +283,17 @@ def autocast(model: nn.Module, precision: str) -> contextlib.AbstractContextMana
     return torch.autocast(device.type, torch.bfloat16 if precision == "bf16" else torch.float16)
 
 
-def _see_grown(look: Callable[..., Any], larger: Any) -> Grown | None:
-    """What a step is on a larger batch; None where a forward refuses that, or goes another way."""
-    if larger is None:
-        return None
+def _see_grown(look: Callable[..., Any], example: Any) -> Grown | None:
+    """What a step is with every row twice; None where there are none, or a forward refuses them."""
+    log = logging.getLogger("torch._subclasses.fake_tensor")  # of what such a forward raises
+    was_off, log.disabled = log.disabled, True
     try:
-        grown: Grown = look(read_grown, larger)
+        larger = double_rows(example)
+        return None if larger is None else look(read_grown, larger)
     except Exception:  # whatever a user's forward raises on rows that are not its own
         return None
-    return grown
+    finally:
+        log.disabled = was_off
 
 
 def _see_memory(
@@ -299,14 +306,18 @@ def _see_memory(
         return None, f"memory: {_in_short(error)}"
 
 
-def _double(example: Any) -> Any:
-    """An example with each row twice."""
-    rows = _batch_size(example)
+def double_rows(example: Any) -> Any:
+    """An example with each row twice; None where no tensor of it has rows."""
+    rows = count_rows(example)
+
+    def has_rows(tensor: torch.Tensor) -> bool:
+        return tensor.dim() > 0 and len(tensor) == rows
 
     def double(tensor: torch.Tensor) -> torch.Tensor:
-        return torch.cat([tensor, tensor]) if tensor.dim() and len(tensor) == rows else tensor
+        return torch.cat([tensor, tensor]) if has_rows(tensor) else tensor
 
-    return tree_map_only(torch.Tensor, double, example)
+    tensors = [leaf for leaf in tree_leaves(example) if isinstance(leaf, torch.Tensor)]
+    return tree_map_only(torch.Tensor, double, example) if any(map(has_rows, tensors)) else None
 
 
 def scalar_loss(output: Any, example: Any, loss: Loss | None) -> torch.Tensor:

@@ -84,8 +84,7 @@ class Walk:
         self.layers = self._read_layers(graph, laid)
         frees = self._lay_storages(graph, wires)
         width = self.count + 1 + len(self._meet)
-        self._forward = graph.forward_flops
-        self._fixed_forward = sum(graph.nodes[i].forward_flops for i in graph.fixed_nodes)
+        self._forward, self._fixed_forward = graph.forward_flops, graph.fixed_flops
         self._backward, self._saved = _Sum(width), _Sum(width)
         self.node_count = [0] * width
         fixed = graph.memory.fixed if graph.memory else frozenset()

@@ -12,6 +12,8 @@ from typing import Any
 import psutil
 import pynvml
 
+HOPPER = 9  # from that compute capability on torch gives cuBLAS more to work in
+
 
 @dataclass(frozen=True, slots=True)
 class Device:
@@ -61,6 +63,15 @@ def _name_cpu(info: Path = Path("/proc/cpuinfo")) -> str:
     return f"{title}, {cores} {'core' if cores == 1 else 'cores'}"
 
 
+def _generation(handle: Any) -> int:
+    """The first number of a GPU's compute capability; 0 where its driver does not tell."""
+    try:
+        major, _ = pynvml.nvmlDeviceGetCudaComputeCapability(handle)
+    except pynvml.NVMLError:  # of a part of a GPU, for example
+        return 0
+    return int(major)
+
+
 def _find_gpus(visible: str | None) -> list[Device]:
     try:
         pynvml.nvmlInit()
@@ -77,10 +88,9 @@ def _find_gpus(visible: str | None) -> list[Device]:
                 handle = nvml_handle(name)
                 memory = pynvml.nvmlDeviceGetMemoryInfo(handle).total
                 title = pynvml.nvmlDeviceGetName(handle)
-                capability = tuple(pynvml.nvmlDeviceGetCudaComputeCapability(handle))
             except pynvml.NVMLError:
                 break  # CUDA too ignores the first one that does not exist, and all behind it
-            kernels = "sm_90" if capability == (9, 0) else "cuda"
+            kernels = "hopper" if _generation(handle) >= HOPPER else "cuda"
             number = f"cuda:{len(gpus)}"
             gpus.append(Device(number, str(title), "cuda", int(memory), name, kernels))
         return gpus

@@ -16,7 +16,7 @@ from torch.utils.data import Subset, TensorDataset, default_collate
 
 from app.freezing.errors import InvalidDocument
 from app.freezing.graph import ModelGraph
-from app.freezing.trace import trace_model
+from app.freezing.trace import count_rows, double_rows, trace_model
 from app.sources.datasets import ROW_SCHEMES, Data, build_data
 from app.sources.intake import Intake
 from app.sources.items import Items, TextEncoder
@@ -78,12 +78,14 @@ def trace_on_data(built: BuiltModel, data: Data, kernels: str) -> ModelGraph:
         graph = trace_model(built.model, batch, loss=built.loss, kernels=kernels)
         return _note_sizes(graph, batch)
     own = built.loss
-    graph = trace_model(
-        built.model,
-        batch[0],
-        loss=None if own is None else lambda output, _: own(output, batch),
-        kernels=kernels,
-    )
+
+    def loss(output: Any, inputs: Any) -> Any:
+        """Of a trace's inputs, which have each row once or twice."""
+        assert own is not None
+        is_whole = count_rows(inputs) == count_rows(batch[0])
+        return own(output, batch if is_whole else double_rows(batch))
+
+    graph = trace_model(built.model, batch[0], loss=None if own is None else loss, kernels=kernels)
     return _note_sizes(graph, batch[0])
 
 

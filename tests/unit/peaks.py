@@ -27,7 +27,7 @@ def find_kernels(device: str) -> str:
     """Whose operations run on a device here, as `ModelGraph.kernels` names them."""
     if device == "cpu":
         return "cpu"
-    return "sm_90" if torch.cuda.get_device_capability() == (9, 0) else "cuda"
+    return "hopper" if torch.cuda.get_device_capability() >= (9, 0) else "cuda"
 
 
 def choose(graph: ModelGraph, which: str) -> list[str]:

@@ -3,8 +3,9 @@
 import json
 
 import pytest
+import transformers
 
-from tests.unit.cuda_bytes import FIGURES, LARGER, MODELS, PRECISIONS, TRAINED, trace
+from tests.unit.cuda_bytes import FIGURES, LARGER, LIBRARY, MODELS, PRECISIONS, TRAINED, trace
 from tests.unit.peaks import choose, foretell
 
 SEEN = json.loads(FIGURES.read_text())
@@ -15,6 +16,8 @@ WORKSPACES = 2 * 8_320 * 1024  # of cuBLAS, for the thread of forward and that o
 @pytest.mark.parametrize("name", sorted(MODELS))
 def test_what_a_step_on_a_gpu_keeps_and_holds_is_foretold(name: str, precision: str) -> None:
     """At a batch 64 times as large as the one that was traced."""
+    if name in LIBRARY and SEEN["versions"]["transformers"] != transformers.__version__:
+        pytest.skip("another version of Transformers may have another model of that name")
     _, _, graph = trace(name, "cuda", precision)
     assert graph.traced_by == "fake", graph.trace_note
     for which in TRAINED:

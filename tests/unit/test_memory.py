@@ -2,6 +2,7 @@
 
 import itertools
 import json
+from collections import UserDict
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -127,21 +128,68 @@ def test_what_an_operation_keeps_that_is_written_into_a_view_is_foretold(
 
 
 class Picky(nn.Module):
-    """A forward that refuses any other batch than one."""
+    """A forward that takes two rows and no others."""
 
     def __init__(self) -> None:
         super().__init__()
         self.layer = nn.Linear(3, 3)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if len(x) != 2:
-            raise ValueError("two rows, please")
+        return self.layer(x) + torch.ones(2, 3)
+
+
+class Bag(nn.Module):
+    """Its example is a mapping of a class that torch does not look into."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(3, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.layer(x)
 
 
-def test_a_model_that_refuses_another_batch_is_traced_all_the_same() -> None:
+def test_what_an_example_does_not_show_grows_as_it_did() -> None:
+    graph = trace_model(Bag(), UserDict({"x": torch.randn(4, 3)}))
+    assert (graph.traced_by, graph.fixed_nodes, graph.fixed_flops) == ("fake", (), 0)
+
+
+class Recalling(nn.Module):
+    """Rows of its own beside those that come, in one product."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.memory, self.layer = nn.Parameter(torch.randn(6, 5)), nn.Linear(5, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            _ = self.memory @ self.memory.T
+        return self.layer(torch.cat([self.memory, x]))
+
+
+def test_forward_grows_by_what_comes_alone() -> None:
+    model = Recalling()
+    graph = trace_model(model, torch.randn(2, 5))
+    seen = observe(model, torch.randn(30, 5), {"memory", "layer.weight", "layer.bias"})
+    cost = foretell(graph, choose(graph, "everything"), batch_size=30)
+    assert cost["forward_flops"] == seen.forward_flops
+
+
+def test_a_recurrent_layer_keeps_more_of_a_larger_batch() -> None:
+    model = nn.LSTM(16, 16, 2, batch_first=True)
+    graph = trace_model(model, torch.randn(16, 5, 16))
+    trained = choose(graph, "everything")
+    kept = foretell(graph, trained, batch_size=48)["activation_bytes"]
+    seen = observe(model, torch.randn(48, 5, 16), set(trained)).saved_bytes
+    assert kept == pytest.approx(seen, rel=0.1)
+
+
+def test_a_model_that_refuses_another_batch_is_traced_all_the_same(
+    capfd: pytest.CaptureFixture[str],
+) -> None:
     model, example = Picky(), torch.randn(2, 3)
     graph = trace_model(model, example)
+    assert capfd.readouterr().err == ""
     assert (graph.traced_by, graph.trace_note, graph.fixed_nodes) == ("fake", "", ())
     trained = choose(graph, "everything")
     peak = foretell(graph, trained, optimizer="sgd")["peak_bytes"]
