@@ -62,9 +62,9 @@ def read_memory(
 
     def tell(watch: _Watch, functions: Sequence[Any], ends: dict[int, int]) -> Seen:
         known = [(f, i) for f, i in zip(functions, read.order, strict=True) if i >= 0]
-        open_ = {f._sequence_nr() for f, i in known if read.nodes[i].saved}
+        saving = {f._sequence_nr() for f, i in known if read.nodes[i].saved}
         hidden = {
-            i: watch.find_hidden(f._sequence_nr(), open_)
+            i: watch.find_hidden(f._sequence_nr(), saving)
             for f, i in known
             if f.name() == _IN_A_VIEW
         }
