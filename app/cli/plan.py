@@ -131,7 +131,8 @@ def _cost_lines(result: Document) -> Iterator[str]:
     yield f"{'':<20}{'this freeze':>14}{'everything':>14}"
     for key, words, show in COSTS:
         now, then = cost.get(key), full.get(key)
-        if now is not None and then is not None:
+        is_there = then or key != "workspace_bytes"  # a CPU has none
+        if now is not None and then is not None and is_there:
             against = f"{100 * now / then:>8.0f} %" if then else ""
             yield f"{words:<20}{show(now):>14}{show(then):>14}{against}"
     if cost.get("speedup_bound") is not None:
@@ -151,6 +152,7 @@ COSTS: tuple[tuple[str, str, Callable[[float], str]], ...] = (
     ("gradient_bytes", "gradients", size),
     ("optimizer_bytes", "optimizer state", size),
     ("activation_bytes", "saved activations", size),
+    ("workspace_bytes", "cuBLAS's workspaces", size),
     ("peak_bytes", "peak memory", size),
 )
 

@@ -116,18 +116,18 @@ def _cost_of(graph: ModelGraph, share: Share, assume: Assumption) -> dict[str, A
     gradient_bytes = sum(compress(walk.reached_bytes, share.computed))
     stepped = list(compress(walk.reached_bytes, share.stepped))
     optimizer_bytes = OPTIMIZER_STATE[assume.optimizer] * sum(stepped)
-    forward = backward = activations = peak = None
+    forward = backward = activations = peak = workspaces = None
     if graph.nodes:
         forward = walk.forward_flops(scale)
         backward = walk.backward_flops(share.near, scale)
         # Half is a guess, and called one, until the model was traced at that precision.
         growth = scale if assume.precision == graph.precision else scale / 2
         activations = walk.kept_bytes(share.near, growth)
+        workspaces = _WORKSPACE.get(graph.kernels, 0) * (bool(forward) + bool(backward))
         held = walk.peak_bytes(share.near, growth)
         if held is not None:
             update = _update_bytes(stepped, assume.optimizer, at_once=graph.is_for_gpu)
             held = max(held, gradient_bytes + update)
-            workspaces = _WORKSPACE.get(graph.kernels, 0) * (bool(forward) + bool(backward))
             peak = graph.resting_bytes + optimizer_bytes + held + workspaces
     return {
         "forward_flops": forward,
@@ -137,6 +137,7 @@ def _cost_of(graph: ModelGraph, share: Share, assume: Assumption) -> dict[str, A
         "gradient_bytes": gradient_bytes,
         "optimizer_bytes": optimizer_bytes,
         "activation_bytes": activations,
+        "workspace_bytes": workspaces,
         "peak_bytes": peak,
     }
 

@@ -189,6 +189,7 @@ def plan_panel(graph: ModelGraph, plan: Document, *, is_tracing: bool = False) -
     def measure(label: str, key: str, whole: float | None) -> Measure:
         return Measure(label, cost.get(key), full.get(key), whole)
 
+    of_cublas = measure("cuBLAS's workspaces", "workspace_bytes", peak)  # on a GPU alone
     return PlanPanel(
         trainable_numel=total - frozen_numel,
         frozen_numel=frozen_numel,
@@ -208,6 +209,7 @@ def plan_panel(graph: ModelGraph, plan: Document, *, is_tracing: bool = False) -
             measure("gradients", "gradient_bytes", peak),
             measure("optimizer", "optimizer_bytes", peak),
             measure("saved activations", "activation_bytes", peak),
+            *([of_cublas] if of_cublas.full else []),
             measure("peak", "peak_bytes", peak),
         ),
         fits=cost.get("fits") or {},
