@@ -152,7 +152,7 @@ COSTS: tuple[tuple[str, str, Callable[[float], str]], ...] = (
     ("gradient_bytes", "gradients", size),
     ("optimizer_bytes", "optimizer state", size),
     ("activation_bytes", "saved activations", size),
-    ("workspace_bytes", "cuBLAS's workspaces", size),
+    ("workspace_bytes", "cuBLAS workspaces", size),
     ("peak_bytes", "peak memory", size),
 )
 

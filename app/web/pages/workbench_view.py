@@ -189,7 +189,7 @@ def plan_panel(graph: ModelGraph, plan: Document, *, is_tracing: bool = False) -
     def measure(label: str, key: str, whole: float | None) -> Measure:
         return Measure(label, cost.get(key), full.get(key), whole)
 
-    of_cublas = measure("cuBLAS's workspaces", "workspace_bytes", peak)  # on a GPU alone
+    of_cublas = measure("cuBLAS workspaces", "workspace_bytes", peak)  # on a GPU alone
     return PlanPanel(
         trainable_numel=total - frozen_numel,
         frozen_numel=frozen_numel,
