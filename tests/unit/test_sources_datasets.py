@@ -6,12 +6,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from app.freezing.errors import InvalidDocument
 from app.sources.datasets import Data, build_data
 from app.sources.demo import DEMO_DATASETS
 from app.sources.demo.digits import Images, shift, split_digits
 from app.sources.demo.networks import build_network
+from app.sources.models import BuiltModel
+from app.sources.preview import trace_on_data
 from app.sources.spec import DatasetSpec
 from app.sources.user_code import UserCodeError
 
@@ -231,3 +234,22 @@ def test_a_first_item_that_raises_is_user_code(code_dir: Path) -> None:
     )
     with pytest.raises(UserCodeError, match=r"The first item of 'train' .* raised KeyError: 0"):
         build_own(code_dir, source)
+
+
+class Sized(nn.Module):
+    """A layer whose weight comes of a product of two."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.left, self.right = nn.Parameter(torch.randn(2, 5)), nn.Parameter(torch.randn(5, 3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.linear(x, self.left @ self.right)
+
+
+def test_a_loss_of_its_own_sees_a_label_for_each_row_of_a_trace() -> None:
+    built = BuiltModel(Sized(), loss=lambda out, batch: nn.functional.cross_entropy(out, batch[1]))
+    data = Data(train=[(torch.randn(3), index % 2) for index in range(8)])
+    graph = trace_on_data(built, data, "cpu")
+    assert graph.traced_by == "fake", graph.trace_note
+    assert graph.fixed_flops == 2 * 2 * 5 * 3
