@@ -3,10 +3,13 @@
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import pynvml
 import pytest
 
+from app.jobs.devices import find_devices, find_kernels
 from app.store import damage
 from app.store.files import remove_folder
 from tests.worker.silly_house import House
@@ -104,3 +107,35 @@ def test_a_folder_that_goes_while_space_is_counted_is_no_fault(house: House) -> 
     finally:
         is_over.set()
         thread.join()
+
+
+@pytest.mark.parametrize(
+    ("capability", "kernels"),
+    [((8, 9), "cuda"), ((9, 0), "hopper"), ((12, 0), "hopper"), (None, "cuda")],
+)
+def test_a_gpu_is_known_by_what_its_driver_tells(
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int] | None, kernels: str
+) -> None:
+    """A part of a GPU has no capability of its own, and is there all the same."""
+
+    def tell(_: object) -> tuple[int, int]:
+        if capability is None:
+            raise pynvml.NVMLError(pynvml.NVML_ERROR_NOT_SUPPORTED)
+        return capability
+
+    answers = {
+        "nvmlInit": lambda: None,
+        "nvmlShutdown": lambda: None,
+        "nvmlDeviceGetCount": lambda: 1,
+        "nvmlDeviceGetHandleByIndex": lambda index: index,
+        "nvmlDeviceGetMemoryInfo": lambda _: SimpleNamespace(total=2**34),
+        "nvmlDeviceGetName": lambda _: "silly GPU",
+        "nvmlDeviceGetCudaComputeCapability": tell,
+    }
+    for name, answer in answers.items():
+        monkeypatch.setattr(pynvml, name, answer)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    cpu, gpu = find_devices()
+    assert (gpu.id, gpu.memory_bytes, gpu.kernels) == ("cuda:0", 2**34, kernels)
+    assert find_kernels([cpu, gpu]) == kernels
+    assert find_kernels([cpu]) == "cpu"
