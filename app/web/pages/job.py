@@ -162,7 +162,7 @@ def figures_of(service: Service, document: Document) -> list[Figure]:
             "peak memory",
             format_bytes(cost.get("peak_bytes")),
             format_bytes(JobView(document).memory_bytes),
-            "measured is that of the whole process on a CPU, of its tensors on a GPU",
+            "measured is that of the whole process on a CPU, what torch allocated on a GPU",
         ),
         Figure(
             "work a step",
