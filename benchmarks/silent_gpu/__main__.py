@@ -13,6 +13,7 @@ architecture than 9.0.
 import os
 import re
 import runpy
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -73,4 +74,7 @@ if __name__ == "__main__":
     torch.backends.cudnn.enabled = False
     torch.backends.cuda.enable_cudnn_sdp(False)
     sys.argv = sys.argv[1:]
-    runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+    try:
+        runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+    finally:
+        shutil.rmtree(os.environ["LD_LIBRARY_PATH"])
