@@ -30,27 +30,32 @@ class NotSeen(Exception):
     """The step went another way than the one that was traced."""
 
 
-def read_memory(
-    take_forward: Callable[[], tuple[torch.Tensor, Any]],
-    given: Sequence[torch.Tensor],
-    model: nn.Module,
-    read: Read,
-    resting: set[int],
-    *,
-    is_autocast: bool = False,
-    larger: Grown | None = None,
-) -> Seen:
+class Step(NamedTuple):
+    """A step to be looked at.
+
+    Attributes:
+        take_forward: gives the loss, and what else is held until backward has ended.
+        given: the example's tensors, which are held all the while.
+        read: the graph that was traced.
+        resting: storages of parameters and buffers.
+        is_autocast: forward runs under autocast, which keeps copies of weights for itself.
+    """
+
+    take_forward: Callable[[], tuple[torch.Tensor, Any]]
+    given: Sequence[torch.Tensor]
+    model: nn.Module
+    read: Read
+    resting: set[int]
+    is_autocast: bool
+
+
+def read_memory(step: Step, larger: Grown | None = None) -> Seen:
     """See what a forward and backward pass makes and lets go.
 
     Nothing that a node saves is kept alive by it: a stand-in of the same shape takes its place in
     backward. So it shows when a forward alone lets go of it.
 
     Args:
-        take_forward: gives the loss, and what else is held until backward has ended.
-        given: the example's tensors, which are held all the while.
-        read: the graph that was traced.
-        resting: storages of parameters and buffers.
-        is_autocast: forward runs under autocast, which keeps copies of weights for itself.
         larger: the same step on a larger batch, where that is known. Without it what is made of
             something that grows is taken to grow.
 
@@ -61,16 +66,17 @@ def read_memory(
     """
 
     def tell(watch: _Watch, functions: Sequence[Any], ends: dict[int, int]) -> Seen:
-        known = [(f, i) for f, i in zip(functions, read.order, strict=True) if i >= 0]
-        saving = {f._sequence_nr() for f, i in known if read.nodes[i].saved}
+        nodes = step.read.nodes
+        known = [(f, i) for f, i in zip(functions, step.read.order, strict=True) if i >= 0]
+        saving = {f._sequence_nr() for f, i in known if nodes[i].saved}
         hidden = {
             i: watch.find_hidden(f._sequence_nr(), saving)
             for f, i in known
             if f.name() == _IN_A_VIEW
         }
-        return Seen(watch.tell(read.nodes, ends, larger), hidden)
+        return Seen(watch.tell(nodes, ends, larger), hidden)
 
-    return _watch_step(tell, take_forward, given, model, read, resting, is_autocast)
+    return _watch_step(step, tell)
 
 
 class Seen(NamedTuple):
@@ -99,39 +105,25 @@ class Grown(NamedTuple):
     fixed_nodes: tuple[int, ...]
 
 
-def read_grown(
-    take_forward: Callable[[], tuple[torch.Tensor, Any]],
-    given: Sequence[torch.Tensor],
-    model: nn.Module,
-    read: Read,
-    resting: set[int],
-    *,
-    is_autocast: bool = False,
-) -> Grown:
+def read_grown(step: Step) -> Grown:
     """See such a step on a larger batch than the one that was traced; as `read_memory` does."""
 
     def tell(watch: _Watch, *_: object) -> Grown:
-        fixed = (i for i, flops in watch.flops.items() if flops == read.nodes[i].forward_flops > 0)
+        nodes = step.read.nodes
+        fixed = (i for i, flops in watch.flops.items() if flops == nodes[i].forward_flops > 0)
         return Grown(watch.sizes, watch.forward_flops, tuple(sorted(fixed)))
 
-    return _watch_step(tell, take_forward, given, model, read, resting, is_autocast)
+    return _watch_step(step, tell)
 
 
-def _watch_step(
-    tell: Callable[[_Watch, Sequence[Any], dict[int, int]], Told],
-    take_forward: Callable[[], tuple[torch.Tensor, Any]],
-    given: Sequence[torch.Tensor],
-    model: nn.Module,
-    read: Read,
-    resting: set[int],
-    is_autocast: bool,
-) -> Told:
+def _watch_step(step: Step, tell: Callable[[_Watch, Sequence[Any], dict[int, int]], Told]) -> Told:
     """Take a step, and tell of it while all that it made is there.
 
     Args:
         tell: is given the step, its nodes as autograd has them, and the storage of each
             parameter's gradient → the parameter's node.
     """
+    take_forward, given, model, read, resting, is_autocast = step
     nodes = read.nodes
     watch = _Watch(resting, is_autocast, first_free=1 + max(_storages(nodes), default=-1))
     own = [(p, p.grad, dict(p._post_accumulate_grad_hooks or ())) for p in model.parameters()]

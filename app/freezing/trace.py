@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from app.freezing.fakes import enter_known, known_values, see_known
 from app.freezing.graph import Buffer, ModelGraph, Module, Parameter
 from app.freezing.kernels import kernels_of
-from app.freezing.lifetimes import Grown, Seen, read_grown, read_memory
+from app.freezing.lifetimes import Grown, Seen, Step, read_grown, read_memory
 from app.freezing.nodes import read_nodes
 from app.freezing.record import Attentions, Recorder, Spans, storage_key
 from app.freezing.undisturbed import undisturbed
@@ -247,7 +247,7 @@ def _trace(
                 example = tree_map_only(torch.Tensor, partial(enter_known, mode), example)
             given = [leaf for leaf in tree_leaves(example) if isinstance(leaf, torch.Tensor)]
             forward = partial(take_forward, example)
-            return how(forward, given, model, read, places, is_autocast=is_autocast, **options)
+            return how(Step(forward, given, model, read, places, is_autocast), **options)
 
     grown = _see_grown(look, as_given) if fake else None
     seen, note = _see_memory(look, example, grown)
