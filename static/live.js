@@ -1,4 +1,5 @@
 // What pages do about the stream of all jobs: signals to their parts, "reconnecting", and word of jobs that ended.
+import { join, listen } from "./shared-stream.js";
 
 const LIVE = ["queued", "starting", "running", "paused", "stopping"];
 const WISH = "frostline-notify";
@@ -31,20 +32,23 @@ function throttled(name, interval) {
   };
 }
 
-// One connection for all tabs by a shared worker; a browser without them has one a tab.
-async function connect(root, hear) {
+// One connection for all tabs by a shared worker; where the browser has none, or cannot load it (the server may go
+// away just then), one for this tab.
+function connect(root, hear) {
   const self = () => ({ kind: "tab", visible: !document.hidden, focused: document.hasFocus() });
   let say;
+  function connectAlone() {
+    say = (message) => listen(hear, message);
+    join(hear, root);
+    say(self());
+  }
   if ("SharedWorker" in window) {
     const worker = new SharedWorker(`${root}/static/shared-stream.js?root=${encodeURIComponent(root)}`, { type: "module", name: "frostline" });
+    worker.onerror = connectAlone;
     worker.port.onmessage = ({ data }) => hear(data);
     say = (message) => worker.port.postMessage(message);
-  } else {
-    const { join, listen } = await import("./shared-stream.js");
-    join(hear, root);
-    say = (message) => listen(hear, message);
-  }
-  say(self());
+    say(self());
+  } else connectAlone();
   for (const event of ["focus", "blur"]) window.addEventListener(event, () => say(self()));
   document.addEventListener("visibilitychange", () => {
     say(self());

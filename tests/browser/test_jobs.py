@@ -474,6 +474,23 @@ def test_a_page_outlives_its_server(browser: Browser, tmp_path: Path) -> None:
         context.close()
 
 
+NO_WORKER = """window.SharedWorker = class extends SharedWorker {
+    constructor(path, options) { super(path.replace("shared-stream", "nowhere"), options); }
+};"""
+
+
+def test_a_page_without_its_shared_worker_is_live_all_the_same(
+    context: BrowserContext, running: int
+) -> None:
+    page = context.new_page()
+    page.add_init_script(NO_WORKER)
+    with page.expect_request("**/api/events*"):  # a worker's requests are not the page's
+        open_job(page, running)
+    gauge = page.locator(".gauge.wide b")
+    before = gauge.inner_text()
+    expect(gauge).not_to_have_text(before)
+
+
 def test_a_report_of_a_job_holds_what_was_trained(page: Page, ended: int) -> None:
     open_job(page, ended)
     with page.expect_download() as caught:

@@ -243,7 +243,7 @@ HOLDER = """if True:
         sys.exit()
     if len(sys.argv) > 2 and os.fork() == 0:
         os.setsid()  # a child that outlives its parent and everything that is sent to its group
-    print(os.getpid(), flush=True)
+    os.write(1, b"%d\\n" % os.getpid())  # whole, for both write to one pipe
     sys.stdin.read()
 """
 
