@@ -48,8 +48,7 @@ def known_values(mode: Any) -> Iterator[None]:
     follows_singly = mode.may_turn_const
 
     def may_turn_const(tensor: Tensor) -> bool:
-        is_plain = type(tensor) is Tensor and tensor.layout is torch.strided
-        return (is_plain and _is_small(tensor)) or follows_singly(tensor)
+        return (type(tensor) is Tensor and _is_small(tensor)) or follows_singly(tensor)
 
     mode.may_turn_const = may_turn_const  # type: ignore[method-assign, assignment]
     try:
@@ -87,7 +86,8 @@ def is_whole(tensor: Tensor) -> bool:
 
 def _is_small(tensor: Tensor) -> bool:
     """By its storage: an expanded tensor takes no more than what it was expanded from."""
-    return tensor.device.type == "cpu" and tensor.untyped_storage().nbytes() <= _KNOWN_BYTES
+    is_plain = tensor.device.type == "cpu" and tensor.layout is torch.strided
+    return is_plain and tensor.untyped_storage().nbytes() <= _KNOWN_BYTES
 
 
 class _Assume(TorchFunctionMode):

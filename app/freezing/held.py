@@ -36,7 +36,7 @@ def measure_peak(
         with _see_resting(model, optimizer, given, device) as held:
             take_step()
         return held.peak
-    gc.collect()  # what somebody lets go meanwhile would be taken for the step's
+    gc.collect()  # what somebody lets go meanwhile would be taken off the step's
     torch._C._cuda_clearCublasWorkspaces()
     resting = _see_resting(model, optimizer, given, device).now
     beside = torch.cuda.memory_allocated(device) - resting

@@ -9,6 +9,7 @@ does not matter who calls them, and by what name.
 from __future__ import annotations
 
 import contextlib
+import threading
 import warnings
 from collections.abc import Callable, Iterator
 from functools import cache, partial, reduce
@@ -32,18 +33,19 @@ _EFFICIENT, _EFFICIENT_BACKWARD = (
 )
 _RECURRENT = "mkldnn_rnn_layer"  # stands for cuDNN's, which autocast narrows too
 _HALF = (torch.bfloat16, torch.float16)
+_ONE_AT_A_TIME = threading.Lock()
 
 
 @contextlib.contextmanager
 def kernels_of(kind: str) -> Iterator[None]:
     """Have forwards keep what they would on a GPU; nothing changes for a CPU.
 
-    Side effects: on the whole process while it lasts, so one at a time.
+    Side effects: on the whole process while it lasts, so others wait for its end.
     """
     if kind == "cpu":
         yield
         return
-    with torch.library._scoped_library("aten", "IMPL") as library:
+    with _ONE_AT_A_TIME, torch.library._scoped_library("aten", "IMPL") as library:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of kernels that are replaced
             library.impl("dropout", _drop, "AutogradCPU")
@@ -167,7 +169,7 @@ def workspace_bytes(func: Any, args: Any) -> int:
     """What an operation of a GPU makes for itself while it runs; 0 for those that make little."""
     kind = func._overloadpacket
     if kind is _EFFICIENT and args[0].dtype in _HALF and args[2].shape[-1] > 128:
-        return 4 * int(args[0].numel())  # its results in float32
+        return 4 * args[0].shape[:-1].numel() * args[2].shape[-1]  # its results in float32
     if kind not in (_FLASH_BACKWARD, _EFFICIENT_BACKWARD):
         return 0
     _, query, key = args[:3]
@@ -189,12 +191,12 @@ def _round_up(number: int, to: int) -> int:
 # ---------------------------------------------------------------------------------------- autocast
 
 # What a GPU's autocast takes in the narrow type, in the widest that comes, in float32, and with
-# float32 for its sums, beyond what a CPU's does. Of what is made of other operations, like einsum
-# or a cell of an LSTM, those are narrowed, with the copies of weights that autocast keeps.
+# float32 for its sums, where a CPU's does otherwise. Of what is made of other operations, like
+# einsum or a cell of an LSTM, those are narrowed, with the copies of weights that autocast keeps.
 _NARROW = ("addmv", "addr", "convolution", "mv")
 _WIDEST = (
-    *("addcdiv", "addcmul", "atan2", "bilinear", "cross", "dot", "index_put", "scatter_add"),
-    *("tensordot", "vdot"),
+    *("addcdiv", "addcmul", "atan2", "bilinear", "cross", "dot", "grid_sampler", "index_put"),
+    *("scatter_add", "tensordot", "vdot"),
 )
 _WIDE = (
     *("acos", "asin", "cosh", "erfinv", "exp", "expm1", "log", "log10", "log1p", "log2", "pdist"),
@@ -210,7 +212,8 @@ _WIDE = (
 )
 _SUMS = (
     *("cumprod", "cumsum", "linalg_matrix_norm", "linalg_matrix_norm.str_ord"),
-    *("linalg_vector_norm", "log_softmax.int", "softmax.int", "sum", "sum.dim_IntList"),
+    *("linalg_vector_norm", "log_softmax.int", "prod", "prod.dim_int", "softmax.int", "sum"),
+    "sum.dim_IntList",
 )
 
 
@@ -230,7 +233,7 @@ def _autocast_kernels() -> dict[str, Any]:
     kernels: dict[str, Any] = dict.fromkeys(alone, fallthrough_kernel)
     makers = ((_NARROW, _narrowed), (_WIDEST, _promoted), (_WIDE, _widened), (_SUMS, _summed))
     for names, make in makers:
-        for name in on["CUDA"].difference(on["CPU"]).intersection(names):
+        for name in on["CUDA"].intersection(names):
             packet, _, overload = name.partition(".")
             kernels[name] = make(getattr(getattr(aten, packet), overload or "default"))
     return kernels

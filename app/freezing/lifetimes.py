@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import weakref
-from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -19,7 +19,7 @@ from app.freezing.graph import Node
 from app.freezing.hidden import nodes_in_order
 from app.freezing.kernels import workspace_bytes
 from app.freezing.memory import Change, Memory
-from app.freezing.nodes import Read, kept_tensors
+from app.freezing.nodes import SAVED_FOR, Read, kept_tensors
 from app.freezing.record import sequence_number, storage_key
 
 Told = TypeVar("Told")
@@ -66,15 +66,12 @@ def read_memory(step: Step, larger: Grown | None = None) -> Seen:
     """
 
     def tell(watch: _Watch, functions: Sequence[Any], ends: dict[int, int]) -> Seen:
-        nodes = step.read.nodes
-        known = [(f, i) for f, i in zip(functions, step.read.order, strict=True) if i >= 0]
-        saving = {f._sequence_nr() for f, i in known if nodes[i].saved}
         hidden = {
-            i: watch.find_hidden(f._sequence_nr(), saving)
-            for f, i in known
-            if f.name() == _IN_A_VIEW
+            index: watch.find_hidden(function._sequence_nr(), index)
+            for function, index in zip(functions, step.read.order, strict=True)
+            if index >= 0 and function.name() == _IN_A_VIEW
         }
-        return Seen(watch.tell(nodes, ends, larger), hidden)
+        return Seen(watch.tell(step.read.nodes, ends, larger), hidden)
 
     return _watch_step(step, tell)
 
@@ -184,7 +181,8 @@ class _Watch(TorchDispatchMode):
         super().__init__()
         self._storages: dict[int, int] = {}  # number of a storage → what the traced graph calls it
         self._free = itertools.count(first_free)
-        self._packed: dict[int, list[int]] = {}  # number of a node → numbers of what it saves
+        self._writers: dict[int, str] = {}  # number of the newest node → what wrote in place then
+        self._unpacked: dict[int, list[int]] = {}  # node → numbers of what it reads, -1 for weights
         self._is_autocast = is_autocast
         self._ignored = set(resting)
         self._alive: dict[int, int] = {}
@@ -205,6 +203,8 @@ class _Watch(TorchDispatchMode):
         self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        if func._schema.is_mutable and not self._starts:
+            self._writers[sequence_number() - 1] = func._schema.name
         result, read = run_operation(func, args, kwargs)
         if not self._is_paused and func.namespace != "prim":
             if not self._starts:
@@ -231,8 +231,11 @@ class _Watch(TorchDispatchMode):
         """Note when a copy of a weight that autocast makes was used.
 
         It keeps those of trained weights until forward ends, and those of frozen ones no longer.
-        Who trains is not known here, and what is trained is mostly saved: so none is kept.
+        Who trains is not known here, and what is trained is mostly saved: so none is kept. A view
+        of a copy is no use of it.
         """
+        if func.is_view:
+            return
         if func is not torch.ops.aten._to_copy.default:
             self._copies.update(dict.fromkeys(self._waiting, len(self._events)))
             self._waiting = []
@@ -280,11 +283,13 @@ class _Watch(TorchDispatchMode):
         number = self._alive.get(storage_key(tensor)) if _is_plain(tensor) else None
         if number is None:
             return tensor
-        self._packed.setdefault(sequence_number() - 1, []).append(number)
         with self._paused():
             return _Saved(tensor, number)
 
     def unpack(self, saved: Any) -> torch.Tensor:
+        if self._starts:
+            number = saved.number if isinstance(saved, _Saved) else -1
+            self._unpacked.setdefault(self._starts[-1][1], []).append(number)
         if not isinstance(saved, _Saved):
             return saved
         if saved.stand_in is None:
@@ -335,23 +340,29 @@ class _Watch(TorchDispatchMode):
             if (known := self._stand_ins.get(key, self._alive.get(key))) is not None:
                 self._storages[known] = storage
 
-    def find_hidden(
-        self, view: int, others: Container[int]
-    ) -> tuple[tuple[int, int, tuple[int, ...]], ...]:
-        """What the operation inside such a node saves; new names for what no other saves.
+    def find_hidden(self, number: int, index: int) -> tuple[tuple[int, int, tuple[int, ...]], ...]:
+        """What the operation inside such a node saves: what it read when the node ran.
 
-        The operation's own node comes before that of the view, by which the view is read anew
-        behind it; its result is saved after all three were made.
+        It is there by new names where no other node saves it. The operation wrote when the newest
+        node was the one before this one.
 
         Args:
-            others: numbers of nodes that save something themselves.
+            number: of the node, as autograd counts them.
         """
-        near = (n for n in (view - 1, view, view + 1) if n not in others)
+        read = self._unpacked.get(index, [])
+        operation = self._writers.get(number - 1, "").removeprefix("aten::").removesuffix("_")
+        edges = [
+            e for _, e in sorted(SAVED_FOR.get(f"{operation.capitalize()}Backward0", {}).items())
+        ]
+        if len(edges) != len(read):
+            edges = [()] * len(read)
         saved = []
-        for number in (number for n in near for number in self._packed.get(n, ())):
-            if number not in self._storages:
-                self._storages[number] = next(self._free)
-            saved.append((self._storages[number], self._made[number][0], ()))
+        for made, wanted_for in zip(read, edges, strict=True):
+            if made < 0:
+                continue
+            if made not in self._storages:
+                self._storages[made] = next(self._free)
+            saved.append((self._storages[made], self._made[made][0], wanted_for))
         return tuple(saved)
 
     @property

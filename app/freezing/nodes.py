@@ -24,15 +24,30 @@ from app.freezing.hidden import (
 from app.freezing.record import Attention, Recorder, Spans, Step, storage_key
 from app.freezing.walk import ENTRY
 
-# Tensors that a node saves only where another operand's gradient is wanted: attribute → edges.
-_SAVED_FOR: dict[str, dict[str, tuple[int, ...]]] = {
+# Tensors that a node saves only where gradients by some of its edges are wanted: attribute → edges.
+SAVED_FOR: dict[str, dict[str, tuple[int, ...]]] = {
+    "AddbmmBackward0": {"batch1": (2,), "batch2": (1,)},
+    "AddcdivBackward0": {"tensor1": (2,), "tensor2": (0, 1, 2)},
+    "AddcmulBackward0": {"tensor1": (2,), "tensor2": (1,)},
     "AddmmBackward0": {"mat1": (2,), "mat2": (1,)},
-    "MmBackward0": {"self": (1,), "mat2": (0,)},
-    "BmmBackward0": {"self": (1,), "mat2": (0,)},
+    "AddmvBackward0": {"mat": (2,), "vec": (1,)},
+    "AddrBackward0": {"vec1": (2,), "vec2": (1,)},
     "BaddbmmBackward0": {"batch1": (2,), "batch2": (1,)},
+    "BmmBackward0": {"self": (1,), "mat2": (0,)},
+    "DivBackward0": {"self": (1,), "other": (0, 1)},
+    "DotBackward0": {"self": (1,), "tensor": (0,)},
+    "FmodBackward1": {"self": (1,), "other": (1,)},
     "GroupedMmBackward0": {"self": (1,), "mat2": (0,)},
+    "IndexAddBackward0": {"index": (1,), "source": (1,)},
+    "LerpBackward1": {"self": (2,), "end": (2,), "weight": (0, 1, 2)},
+    "LinalgCrossBackward0": {"self": (1,), "other": (0,)},
+    "MmBackward0": {"self": (1,), "mat2": (0,)},
     "MulBackward0": {"self": (1,), "other": (0,)},
-    "DivBackward0": {"self": (1,)},
+    "MvBackward0": {"self": (1,), "vec": (0,)},
+    "RemainderBackward1": {"self": (1,), "other": (1,)},
+    "ScatterAddBackward0": {"index": (1,)},
+    "TrilinearBackward0": {"i1": (1, 2), "i2": (0, 2), "i3": (0, 1)},
+    "VdotBackward0": {"self": (1,), "other": (0,)},
 }
 # Numbers by channel, some of them buffers: of no weight beside what grows with the batch.
 _CHANNEL_STATISTICS = frozenset({"result1", "result2", "running_mean", "running_var"})
@@ -206,7 +221,7 @@ class _Reader:
         self, grad_fn: Any, kind: str, number: int
     ) -> tuple[tuple[int, int, tuple[int, ...]], ...]:
         """What a node keeps, parameters and buffers left out: (storage, bytes, edges)."""
-        storages, wanted_for = self.storages, _SAVED_FOR.get(kind, {})
+        storages, wanted_for = self.storages, SAVED_FOR.get(kind, {})
         kept: list[tuple[int, int, tuple[int, ...]]] = []
         if workspace := self.recorder.workspaces.get(number, 0):
             kept.append((storages.setdefault(-number, len(storages)), workspace, ()))
@@ -291,7 +306,7 @@ class _Reader:
             return (), False
         names = {n.removeprefix("_raw_saved_") for n in dir(grad_fn) if n.startswith("_raw_saved_")}
         late = is_python(grad_fn) or not names.isdisjoint(_RESULTS)
-        wanted_for = _SAVED_FOR.get(grad_fn.name(), {})
+        wanted_for = SAVED_FOR.get(grad_fn.name(), {})
         if not names or not names <= wanted_for.keys():
             return (index,) if names else (), late
         edges = {e for name in names for e in wanted_for[name]}

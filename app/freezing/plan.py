@@ -172,9 +172,17 @@ def _find_in_assumption(
 
 
 def _find_in_devices(graph: ModelGraph, devices: Mapping[str, int]) -> Iterator[Finding]:
-    if graph.nodes and not graph.is_for_gpu and any(map(is_gpu, devices)):
+    has_gpu = any(map(is_gpu, devices))
+    if graph.nodes and has_gpu and not graph.is_for_gpu:
         yield Finding(
             "traced_for_a_cpu",
-            "The model was traced when no GPU was here. On one it may hold less, so that peak "
-            "memory and whether it fits are not known there. Add the model again.",
+            "The model was traced as a CPU runs it. A GPU holds other things, so peak memory and "
+            "whether it fits are not known there. Add the model again.",
+        )
+    if graph.nodes and graph.is_for_gpu and devices and not has_gpu:
+        yield Finding(
+            "traced_for_a_gpu",
+            "The model was traced as a GPU runs it, and there is none now. A CPU holds other "
+            "things, so activations and peak memory are not those of a job here, and whether it "
+            "fits is not known. Add the model again.",
         )

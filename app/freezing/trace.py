@@ -279,7 +279,7 @@ def autocast(model: nn.Module, precision: str) -> contextlib.AbstractContextMana
     """What a loop runs its forwards in at this precision."""
     if precision == "fp32":
         return contextlib.nullcontext()
-    device = next(model.parameters()).device
+    device = next(model.parameters(), torch.empty(0)).device
     return torch.autocast(device.type, torch.bfloat16 if precision == "bf16" else torch.float16)
 
 

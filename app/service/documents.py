@@ -187,11 +187,13 @@ def job_document(session: Session, job: Job) -> Document:
 
 def job_documents(session: Session, rows: Iterable[Job]) -> list[Document]:
     found = list(rows)
-    attempts = jobs.newest_attempts(session, [job.id or 0 for job in found])
+    ids = [job.id or 0 for job in found]
+    attempts, peaks = jobs.newest_attempts(session, ids), jobs.newest_peaks(session, ids)
     is_any_queued = any(job.state == "queued" for job in found)
     positions = jobs.queue_positions(session) if is_any_queued else {}
     return [
-        _describe_job(job, attempts.get(job.id or 0), positions.get(job.id or 0)) for job in found
+        _describe_job(job, attempts.get(number), peaks.get(number), positions.get(number))
+        for number, job in zip(ids, found, strict=True)
     ]
 
 
@@ -213,7 +215,9 @@ def attempt_document(attempt: Attempt) -> Document:
     }
 
 
-def _describe_job(job: Job, attempt: Attempt | None, position: int | None) -> Document:
+def _describe_job(
+    job: Job, attempt: Attempt | None, peak: int | None, position: int | None
+) -> Document:
     is_live = attempt is not None and attempt.ended_at is None
     is_running = job.state == "running"
     eta = None
@@ -234,7 +238,7 @@ def _describe_job(job: Job, attempt: Attempt | None, position: int | None) -> Do
         "epoch": job.epoch,
         "eta_seconds": eta,
         "step_ms": job.step_ms,
-        "peak_bytes": attempt and (attempt.peak_device_bytes or attempt.peak_bytes),
+        "peak_bytes": peak,
         "measure_percent": _percent(job.measure_ms, job.step_ms),
         "error": error_document(job),
         "worker_pid": attempt.pid if attempt is not None and is_live else None,

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
-from sqlalchemy import text, update
+from sqlalchemy import case, func, text, update
 from sqlalchemy.orm import defer
 from sqlmodel import Session, col, delete, select
 
@@ -128,6 +128,27 @@ def newest_attempts(session: Session, job_ids: Sequence[int]) -> dict[int, Attem
     query = select(Attempt).join(Job, col(Job.id) == Attempt.job_id)
     query = query.where(col(Attempt.job_id).in_(job_ids), Attempt.number == Job.attempt)
     return {attempt.job_id: attempt for attempt in session.exec(query)}
+
+
+def newest_peaks(session: Session, job_ids: Sequence[int]) -> dict[int, int]:
+    """Job → the most memory that its newest attempt took so far, for those where that is known.
+
+    On a GPU that is what torch allocated, as the newest proof tells, and until there is one what
+    the driver says of the whole process; on a CPU what the process took.
+    """
+    proved = func.json_extract(Proof.document, "$.peak_bytes")
+    is_of_attempt = func.json_extract(Proof.document, "$.step") > func.coalesce(
+        Attempt.resume_step, -1
+    )
+    peak = case(
+        (col(Attempt.device) == "cpu", Attempt.peak_bytes),
+        (is_of_attempt, proved),
+        else_=Attempt.peak_device_bytes,
+    )
+    query = select(Attempt.job_id, peak).join(Job, col(Job.id) == Attempt.job_id)
+    query = query.outerjoin(Proof, col(Proof.job_id) == Attempt.job_id)
+    query = query.where(col(Attempt.job_id).in_(job_ids), Attempt.number == Job.attempt)
+    return {job_id: found for job_id, found in session.exec(query) if found is not None}
 
 
 def queue_positions(session: Session) -> dict[int, int]:

@@ -22,9 +22,10 @@ from pathlib import Path
 
 import torch
 
-INSIDE = "SILENT_GPU"
+INSIDE = "SILENT_GPU"  # names the folder of the stand-ins to the program that runs on them
 SOURCE = Path(__file__).with_name("runtime.c")
 LIBRARIES = Path(torch.__file__).parent / "lib"
+RUNTIME = "runtime.so"
 CONTEXT = "cuCtxGetCurrent"
 HAS_CONTEXT = f"int {CONTEXT}(void **context) {{ *context = (void *)4096; return 0; }}\n"
 HEADERS = Path(torch.__file__).parents[1] / "nvidia" / "cu13" / "include"
@@ -35,16 +36,28 @@ def start(arguments: list[str]) -> None:
     if torch.version.cuda is None or not (HEADERS / "crt").exists():
         sys.exit("It needs a torch that was built for CUDA 13, and the package nvidia-cuda-crt.")
     folder = Path(tempfile.mkdtemp(prefix="silent-gpu-"))
-    runtime, driver = folder / "runtime.so", folder / "libcuda.so.1"
+    try:
+        _build(folder)
+    except BaseException:
+        shutil.rmtree(folder)
+        raise
+    surroundings = {
+        "LD_PRELOAD": str(folder / RUNTIME),
+        "LD_LIBRARY_PATH": str(folder),
+        INSIDE: str(folder),
+    }
+    command = [sys.executable, "-m", "benchmarks.silent_gpu", *arguments]
+    os.execve(sys.executable, command, os.environ | surroundings)
+
+
+def _build(folder: Path) -> None:
+    runtime, driver = folder / RUNTIME, folder / "libcuda.so.1"
     asked = set(re.findall(r"\bcu(?:da|blas)\w+", _symbols()))
     idle = _do_nothing(folder / "idle.c", asked - _defined(SOURCE.read_text()))
     _compile(runtime, SOURCE, idle, "-I", HEADERS)
     known = set(re.findall(r"\bcu[A-Z]\w+(?=\()", (HEADERS / "cuda.h").read_text()))
     every = known | {f"{name}_v{n}" for name in known for n in (2, 3)}
     _compile(driver, _do_nothing(folder / "driver.c", every - {CONTEXT}, HAS_CONTEXT))
-    surroundings = {"LD_PRELOAD": str(runtime), "LD_LIBRARY_PATH": str(folder), INSIDE: "1"}
-    command = [sys.executable, "-m", "benchmarks.silent_gpu", *arguments]
-    os.execve(sys.executable, command, os.environ | surroundings)
 
 
 def _symbols() -> str:
@@ -69,7 +82,10 @@ def _compile(made: Path, *options: str | Path) -> None:
 
 
 if __name__ == "__main__":
-    if INSIDE not in os.environ:
+    if len(sys.argv) < 2:
+        sys.exit("Name the module that is to run, for example benchmarks.predict.")
+    folder = os.environ.pop(INSIDE, None)
+    if folder is None:
         start(sys.argv[1:])
     torch.backends.cudnn.enabled = False
     torch.backends.cuda.enable_cudnn_sdp(False)
@@ -77,4 +93,4 @@ if __name__ == "__main__":
     try:
         runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
     finally:
-        shutil.rmtree(os.environ["LD_LIBRARY_PATH"])
+        shutil.rmtree(folder)

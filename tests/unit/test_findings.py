@@ -194,4 +194,4 @@ def test_the_page_of_findings_lists_each_and_no_other() -> None:
     raised = set(re.findall(r'Finding\(\s*"(\w+)"', "".join(sources)))
     assert len(listed) == len(set(listed))
     assert set(listed) == raised
-    assert raised == {*CASES, "not_assumed", "traced_for_a_cpu"}
+    assert raised == {*CASES, "not_assumed", "traced_for_a_cpu", "traced_for_a_gpu"}

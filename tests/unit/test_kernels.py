@@ -18,7 +18,7 @@ from app.freezing.calibrate import calibrate_model
 from app.freezing.config import parse_config
 from app.freezing.graph import ModelGraph
 from app.freezing.hidden import nodes_in_order
-from app.freezing.kernels import kernels_of
+from app.freezing.kernels import kernels_of, workspace_bytes
 from app.freezing.plan import plan_config
 from app.freezing.timing import read_timing
 from app.freezing.trace import trace_model
@@ -130,6 +130,10 @@ def test_a_device_is_said_to_have_room_only_by_its_own_kernels() -> None:
         assert ("traced_for_a_cpu" in codes) is (kind == "cpu")
         tiny = plan_config(graph, parse_config({}), devices={"cpu": 9, "cuda:0": 9})
         assert tiny.cost["fits"] == {"cpu": False, "cuda:0": False}
+        alone = plan_config(graph, parse_config({}), devices={"cpu": 2**40})
+        assert alone.cost["fits"] == ({"cpu": True} if kind == "cpu" else {})
+        codes = {warning.code for warning in alone.warnings}
+        assert ("traced_for_a_gpu" in codes) is (kind == "cuda")
 
 
 def heads(
@@ -256,3 +260,9 @@ def test_a_worker_traces_as_it_is_told(tmp_path: Path, kernels: str) -> None:
 class WithGpu(Quiet):
     def kernels(self) -> str:
         return "hopper"
+
+
+def test_what_attention_works_in_is_as_wide_as_its_values() -> None:
+    query, value = heads(2, 64, torch.bfloat16), heads(2, 256, torch.bfloat16)
+    efficient = torch.ops.aten._scaled_dot_product_efficient_attention.default
+    assert workspace_bytes(efficient, (query, query, value)) == value.numel() * 4

@@ -90,11 +90,39 @@ def test_what_a_cpus_autocast_alone_widens_stays_narrow_on_a_gpu() -> None:
     def pad() -> torch.Tensor:
         return torch.nn.functional.pad(x, (1, 1, 1, 1), mode="reflect")
 
+    def sample() -> torch.Tensor:  # which a GPU's autocast knows too, otherwise
+        return torch.nn.functional.grid_sample(x, x.view(1, 4, 2, 2), align_corners=False)
+
     with torch.autocast("cpu", torch.bfloat16):
-        assert pad().dtype == torch.float32
-        with kernels_of("cuda"):
-            assert pad().dtype == torch.bfloat16
-        assert pad().dtype == torch.float32
+        for take in (pad, sample):
+            assert take().dtype == torch.float32
+            with kernels_of("cuda"):
+                assert take().dtype == torch.bfloat16
+            assert take().dtype == torch.float32
+
+
+def test_a_product_of_many_is_one_of_float32_on_a_gpu_without_a_copy() -> None:
+    x = torch.ones(2, 4, dtype=torch.bfloat16, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16), kernels_of("cuda"):
+        for product in (x.prod(), x.prod(-1)):
+            assert product.dtype == torch.float32
+            assert product.grad_fn._saved_self.dtype == torch.bfloat16  # type: ignore[union-attr]
+
+
+def test_a_copy_of_a_weight_is_there_until_it_was_used() -> None:
+    layers = torch.nn.Linear(512, 512), torch.nn.Linear(512, 512), torch.nn.Linear(512, 4)
+    model, example = torch.nn.Sequential(*layers), torch.randn(512, 512)
+    graph = trace_model(model, example, precision="bf16")
+    peak = foretell(graph, ["2.weight"], optimizer="sgd", precision="bf16")["peak_bytes"]
+    assert peak == pytest.approx(see(model, example, ["2.weight"], precision="bf16"), rel=0.001)
+
+
+def test_autocast_of_a_model_without_parameters_says_what_an_unfrozen_one_would() -> None:
+    notes = {
+        trace_model(torch.nn.ReLU(), torch.ones(2), precision=p).trace_note
+        for p in ("fp32", "bf16")
+    }
+    assert len(notes) == 1
 
 
 def test_every_operation_of_a_gpus_autocast_is_replaced_or_known_to_be_left() -> None:

@@ -10,7 +10,7 @@ from sqlmodel import Session
 
 from app.store import jobs
 from app.store.db import Database
-from app.store.tables import Attempt, Job, Model
+from app.store.tables import Attempt, Job, Model, Proof
 
 CONTRACT = {
     "queued": {"starting", "stopped"},
@@ -130,3 +130,30 @@ def test_an_ended_attempt_brings_its_job_to_the_state_that_follows(
         assert ended.outcome == outcome
         row = session.get_one(Job, job.id)
         assert (row.ended_at is not None) == (after in jobs.ENDED)
+
+
+@pytest.mark.parametrize(
+    ("device", "proved_at", "peak"),
+    [
+        ("cpu", 9, 100),  # what the process took
+        ("cuda:0", 9, 20),  # what torch allocated
+        ("cuda:0", 5, 300),  # a proof of the attempt before: what the driver says
+        ("cuda:0", None, 300),
+    ],
+)
+def test_a_peak_is_what_torch_allocated_where_that_is_known(
+    db: Database, device: str, proved_at: int | None, peak: int
+) -> None:
+    job = add_job(db, state="running", attempt=2)
+    assert job.id is not None
+    known = {"peak_bytes": 100, "peak_device_bytes": 300, "resume_step": 5, "device": device}
+
+    def fill(session: Session) -> dict[int, int]:
+        session.add(Attempt(job_id=job.id, number=2, **known))
+        if proved_at is not None:
+            document = {"step": proved_at, "peak_bytes": 20}
+            session.add(Proof(job_id=job.id, document=document))
+        session.flush()
+        return jobs.newest_peaks(session, [job.id or 0, 99])
+
+    assert db.write(fill) == {job.id: peak}

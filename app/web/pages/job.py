@@ -162,7 +162,7 @@ def figures_of(service: Service, document: Document) -> list[Figure]:
             "peak memory",
             format_bytes(cost.get("peak_bytes")),
             format_bytes(JobView(document).memory_bytes),
-            "measured is that of the whole process on a CPU, what torch allocated on a GPU",
+            "measured is what torch allocated on a GPU, on a CPU what the whole process took",
         ),
         Figure(
             "work a step",
