@@ -12,7 +12,7 @@ run: $(READY) $(VENDOR)  ## serve the dashboard and print its address with a one
 	$(BIN)/frostline serve
 
 test: $(READY)  ## everything but the browser: unit, property, contract, worker (and gpu where there is one)
-	$(BIN)/pytest -n 2 --dist worksteal -q tests --ignore tests/browser
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal -q tests --ignore tests/browser
 
 browser: $(READY) $(VENDOR)  ## the flows in headless Chromium (needs the chromium program)
 	$(BIN)/pytest -q tests/browser
