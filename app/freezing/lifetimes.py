@@ -351,18 +351,17 @@ class _Watch(TorchDispatchMode):
         """
         read = self._unpacked.get(index, [])
         operation = self._writers.get(number - 1, "").removeprefix("aten::").removesuffix("_")
-        edges = [
-            e for _, e in sorted(SAVED_FOR.get(f"{operation.capitalize()}Backward0", {}).items())
-        ]
+        wanted_for = SAVED_FOR.get(f"{operation.title().replace('_', '')}Backward0", {})
+        edges = [wanted_for[name] for name in sorted(wanted_for)]
         if len(edges) != len(read):
             edges = [()] * len(read)
         saved = []
-        for made, wanted_for in zip(read, edges, strict=True):
+        for made, live in zip(read, edges, strict=True):
             if made < 0:
                 continue
             if made not in self._storages:
                 self._storages[made] = next(self._free)
-            saved.append((self._storages[made], self._made[made][0], wanted_for))
+            saved.append((self._storages[made], self._made[made][0], live))
         return tuple(saved)
 
     @property

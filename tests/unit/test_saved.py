@@ -90,6 +90,7 @@ WRITES: dict[str, Callable[[Writer, Tensor, Tensor], object]] = {
     "product of a part": lambda m, h, gate: h[..., :32].mul_(gate[..., 32:]),
     "quotient": lambda m, h, gate: h.div_(gate.exp()),
     "two after each other": lambda m, h, gate: h.mul_(gate).relu_(),
+    "rows added": lambda m, h, gate: h.index_add_(1, PLACES, gate[:, :3]),
     "product added": lambda m, h, gate: h.addcmul_(gate, m.scale.expand_as(h)),
 }
 
