@@ -36,12 +36,15 @@ document.addEventListener("submit", async (event) => {
   if (!("quick" in form.dataset) || event.defaultPrevented) return;
   event.preventDefault();
   const response = await fetch(form.action, { method: "POST", body: new URLSearchParams(new FormData(form, event.submitter)) });
+  document.querySelector("main > .refusal")?.remove();
   if (!response.ok) {
-    // The answer is the page that says why: show its contents, as a plain form would.
+    // The answer is a page that says why: its words stand above this one, which goes on as it is.
     const page = new DOMParser().parseFromString(await response.text(), "text/html");
-    document.querySelector("main").replaceWith(page.querySelector("main"));
-    start(document.querySelector("main"));
-    return;
+    const said = page.querySelector("main [role=alert]") ?? page.querySelector("main p");
+    const notice = Object.assign(document.createElement("div"), { className: "refusal notice bad", role: "alert" });
+    notice.append(...said.childNodes);
+    document.querySelector("main").prepend(notice);
+    notice.scrollIntoView({ block: "nearest" });
   }
   document.body.dispatchEvent(new Event(form.dataset.quick || (document.querySelector("[data-job]") ? "job:status" : "jobs:changed")));
 });

@@ -37,9 +37,11 @@ export function startWorkbench(form) {
   }
 
   async function send(url, options) {
-    const response = await fetch(url, options).catch(() => {
+    // Asked like htmx, a server that wants a login says so instead of sending its page.
+    const response = await fetch(url, { ...options, headers: { "HX-Request": "true" } }).catch(() => {
       throw new Error("The server does not answer. What you see is as it was; try again in a moment.");
     });
+    if (response.status === 401) throw new Error("This session has ended. Log in again in another tab, then go on here.");
     if (!response.ok) throw new Error(await refusal(response));
     return response;
   }

@@ -2,12 +2,14 @@
 
 import json
 import time
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
 from app.client import Failure, Server
+from app.training.recipe import parse_recipe
 
 # What takes long to import is imported where it is used: `frostline --help` answers at once.
 if TYPE_CHECKING:
@@ -89,7 +91,7 @@ def _read_rule(action: str, text: str) -> Document:
 
 def read_json_file(file: Path) -> Document:
     try:
-        document = json.loads(file.read_text("utf-8"))
+        document = json.loads(file.read_text("utf-8"), parse_constant=_refuse_constant)
     except OSError as error:
         raise Failure(f"Cannot read {file}: {error.strerror}.") from error
     except ValueError as error:
@@ -99,12 +101,28 @@ def read_json_file(file: Path) -> Document:
     return document
 
 
+def _refuse_constant(name: str) -> NoReturn:
+    """Python would read NaN and Infinity, and could not send them."""
+    raise ValueError(f"{name} is not a JSON number")
+
+
+def read_training(options: Mapping[str, Any]) -> Document:
+    """The options of a recipe that were given.
+
+    Raises:
+        InvalidDocument: in the server's words, which could not be asked: JSON has no NaN.
+    """
+    given = {option: value for option, value in options.items() if value is not None}
+    parse_recipe(given)
+    return given
+
+
 def read_spec(text: str) -> Document:
     """A URI, or a whole spec as a JSON object."""
     if not text.lstrip().startswith("{"):
         return {"uri": text}
     try:
-        document: Document = json.loads(text)
+        document: Document = json.loads(text, parse_constant=_refuse_constant)
     except ValueError as error:
         raise typer.BadParameter(f"{text!r} is not a JSON object: {error}.") from error
     return document

@@ -1,6 +1,7 @@
 """Verbs on jobs that are there: jobs, stop, pause, resume, freeze, delete, export."""
 
 import json
+import math
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -20,7 +21,7 @@ from app.cli.given import (
 )
 from app.cli.train import follow_job, report_job
 from app.cli.verb import verb
-from app.client import Server, read_events, server_for
+from app.client import Failure, Server, read_events, server_for
 
 # What takes long to import is imported where it is used: `frostline --help` answers at once.
 if TYPE_CHECKING:
@@ -106,6 +107,8 @@ def freeze(
     rules = read_rules(context.obj, freeze, unfreeze)
     if not rules:
         raise typer.BadParameter("Say what to change: --freeze GLOB or --unfreeze GLOB.")
+    if lr_scale is not None and not math.isfinite(lr_scale):  # JSON could not say it
+        raise Failure(f"'lr_scale' is {lr_scale}; it must be finite and at least 0.")
     begins = {"warmup_steps": warmup_steps, "lr_scale": lr_scale}
     body: Document = {key: value for key, value in begins.items() if value is not None}
     body |= {"rules": rules, "optimizer_state": optimizer_state}

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from app.cli.given import Document, wait_for_task
-from app.cli.outline import size
+from app.cli.outline import counted, size
 from app.client import Server
 
 
@@ -31,8 +31,9 @@ def print_comparison(found: Document) -> None:
 def _lines(found: Document) -> Iterator[str]:
     results = found["mechanisms"]
     yield (
-        f"{found['frozen']} tensors frozen, {found['trained']} trained; {found['steps']} steps of "
-        f"{found['setting']['name']} on the {found['on']}, {found['device']}"
+        f"{counted(found['frozen'], 'tensor')} frozen, {found['trained']} trained; "
+        f"{found['steps']} steps of {found['setting']['name']} "
+        f"on the {found['on']}, {found['device']}"
     )
     yield ""
     yield _row("", (result["mechanism"] for result in results))

@@ -181,6 +181,16 @@ def count(number: float) -> str:
     return f"{number:.3g} Z"
 
 
+def counted(number: int, noun: str) -> str:
+    """A number of things: ``1 tensor``, ``2 tensors``."""
+    return f"{number:,} {noun}{'s' * (number != 1)}"
+
+
+def share_of(part: int, whole: int, noun: str) -> str:
+    """The subject of a sentence and its verb: ``1 of 6 tensors is``, ``2 of 6 tensors are``."""
+    return f"{part:,} of {counted(whole, noun)} {'is' if 1 in (part, whole) else 'are'}"
+
+
 def size(number: float) -> str:
     """Bytes with a binary prefix: ``28 MiB``."""
     for prefix in ("B", "KiB", "MiB", "GiB", "TiB"):

@@ -21,7 +21,7 @@ from app.cli.given import (
     wait_for_task,
 )
 from app.cli.mechanisms import print_comparison, run_comparison
-from app.cli.outline import count, draw_tree, grow_tree, size
+from app.cli.outline import count, counted, draw_tree, grow_tree, share_of, size
 from app.cli.verb import verb
 from app.client import Failure, server_for
 
@@ -125,8 +125,8 @@ def _cost_lines(result: Document) -> Iterator[str]:
     share = 100 * trainable / max(frozen + trainable, 1)
     tensors = len(result["frozen"]), len(result["frozen"]) + len(result["trainable"])
     yield (
-        f"{trainable:,} of {frozen + trainable:,} parameters are trained ({share:.1f} %); "
-        f"{tensors[0]} of {tensors[1]} tensors are frozen"
+        f"{share_of(trainable, frozen + trainable, 'parameter')} trained ({share:.1f} %); "
+        f"{share_of(*tensors, 'tensor')} frozen"
     )
     yield f"{'':<20}{'this freeze':>14}{'everything':>14}"
     for key, words, show in COSTS:
@@ -184,10 +184,14 @@ def proof_words(proof: Document) -> str:
     if proof["verdict"] == "pending":
         return "No tensor has been checked yet."
     frozen, trained = proof["frozen"], proof["trained"]
-    return (
-        f"{frozen['identical']} of {frozen['checked']} frozen tensors are bit-identical, "
-        f"{trained['moved']} of {trained['checked']} trained ones moved."
+    words = (
+        f"{share_of(frozen['identical'], frozen['checked'], 'frozen tensor')} bit-identical, "
+        f"{trained['moved']:,} of {counted(trained['checked'], 'trained one')} moved"
     )
+    if scheduled := len(proof.get("scheduled", ())):
+        verb = "is" if scheduled == 1 else "are"
+        words += f"; {counted(scheduled, 'tensor')} that the schedule touches {verb} not judged"
+    return f"{words}."
 
 
 def changed_names(proof: Document) -> list[str]:

@@ -7,6 +7,7 @@ import typer
 
 from app import __version__
 from app.cli.given import ENDED
+from app.cli.outline import counted
 from app.cli.verb import verb
 from app.client import Failure, server_for
 
@@ -63,13 +64,15 @@ def serve(
     def before_end(service: Any) -> None:
         live = [job for job in service.list_jobs(1000) if job["state"] not in ENDED]
         if live and stop_jobs:
-            print(f"Stopping {len(live)} jobs, each with a checkpoint …", flush=True)
+            print(f"Stopping {counted(len(live), 'job')}, each with a checkpoint …", flush=True)
             for job in live:
                 service.stop_job(job["id"])
             _wait_until_ended(service, [job["id"] for job in live])
         elif live:
             names = ", ".join(str(job["id"]) for job in live)
-            print(f"Jobs {names} go on without the dashboard; its next start finds them again.")
+            one = len(live) == 1
+            who, them = (f"Job {names} goes", "it") if one else (f"Jobs {names} go", "them")
+            print(f"{who} on without the dashboard; its next start finds {them} again.")
 
     # Without handlers of our own, uvicorn would end the process by the signal it has just handled.
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -109,7 +112,7 @@ def doctor(settings: "Settings") -> None:
     findings = []
     for name, finding in examine(settings):
         good, words = finding
-        print(f"{'ok' if good else 'WRONG':<6}{name:<14}{words}")
+        print(f"{'ok' if good else 'WRONG':<6}{name:<15}  {words}")
         if not good:
             findings.append(name)
     if findings:

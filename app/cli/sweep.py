@@ -15,6 +15,7 @@ from app.cli.given import (
     find_model,
     read_dataset,
     read_json_file,
+    read_training,
 )
 from app.cli.train import follow_job, is_number
 from app.cli.verb import verb
@@ -47,7 +48,7 @@ def sweep(
     request: Document = {
         "sets": [read_set(text) for text in set_],
         "dataset": read_dataset(dataset, eval_),
-        "training": {option: value for option, value in training.items() if value is not None},
+        "training": read_training(training),
         **({} if name is None else {"name": name}),
     }
     with server_for(settings) as server:

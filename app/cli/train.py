@@ -20,6 +20,7 @@ from app.cli.given import (
     has_ended,
     read_config,
     read_dataset,
+    read_training,
 )
 from app.cli.plan import changed_names, proof_words
 from app.cli.verb import verb
@@ -81,7 +82,7 @@ def _run_job(
         "kind": kind,
         "config": config,
         "dataset": dataset,
-        "training": {option: value for option, value in training.items() if value is not None},
+        "training": read_training(training),
     }
     if name is not None:
         request["name"] = name

@@ -24,16 +24,23 @@ class InvalidDocument(ValueError):
 MAX_TOLD = 5  # faults that str() puts into words; `errors` has them all
 MAX_SHOWN = 100  # characters of what came that a message repeats
 MAX_FAULTS = 100  # a document of nothing but unknown keys gets no longer answer
+MAX_LISTED = 10  # known keys that a message lists where none is close
+CLOSE = 0.7  # difflib's ratio: a typo is at about 0.8 or above, another word below 0.6
 
 
 def describe_unknown(
     key: object, known: Iterable[str], noun: str, synonyms: Mapping[str, str] | None = None
 ) -> str:
-    """One sentence for a key that is not known, with the nearest that is, by any of its names."""
-    shown = str(key)[:MAX_SHOWN]
-    meant = {**{name: name for name in known}, **(synonyms or {})}
-    near = meant[difflib.get_close_matches(shown, list(meant), n=1, cutoff=0)[0]]
-    return f"{shown!r} is not {noun}; the nearest is {near!r}."
+    """One sentence for a key that is not known.
+
+    With the nearest that is, by any of its names, where one is close; else with all, if few.
+    """
+    shown, names = str(key)[:MAX_SHOWN], list(known)
+    meant = {**{name: name for name in names}, **(synonyms or {})}
+    if near := difflib.get_close_matches(shown, list(meant), n=1, cutoff=CLOSE):
+        return f"{shown!r} is not {noun}; the nearest is {meant[near[0]]!r}."
+    listed = f"; known are {', '.join(names)}" if len(names) <= MAX_LISTED else ""
+    return f"{shown!r} is not {noun}{listed}."
 
 
 def show_value(value: object) -> str:

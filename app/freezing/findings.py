@@ -125,8 +125,8 @@ def _norm_statistics(
     if norms and config.norm_statistics == "update":
         yield Finding(
             "norm_statistics_drift",
-            f"{len(norms)} norm layers are frozen, but their running statistics go on moving, so "
-            "what they compute changes. Choose norm_statistics 'freeze' to hold them still.",
+            f"Of frozen norm layers ({len(norms)}) the running statistics go on moving, so what "
+            "they compute changes. Choose norm_statistics 'freeze' to hold them still.",
             tuple(norms),
         )
 
@@ -180,8 +180,8 @@ def _modules_that_move(
         if held:
             yield Finding(
                 "frozen_dropout",
-                f"{len(held)} dropout modules lie inside frozen modules and stay random while "
-                "training. Choose dropout 'off' to make the frozen part deterministic.",
+                f"Dropout modules inside frozen ones ({len(held)}) stay random while training. "
+                "Choose dropout 'off' to make the frozen part deterministic.",
                 tuple(held),
             )
 
@@ -223,7 +223,7 @@ def _not_floating(
     if names:
         yield Finding(
             "not_floating",
-            f"{len(names)} parameters are not floating point (quantised) and cannot be trained: "
+            f"Parameters that are not floating point (quantised, {len(names)}) cannot be trained: "
             "they stay frozen whatever the rules say.",
             names,
         )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import keyword
 import math
 import re
@@ -11,7 +10,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from app.freezing.errors import InvalidDocument
+from app.freezing.errors import MAX_SHOWN, InvalidDocument, describe_unknown
 from app.sources.demo import DEMO_DATASETS, DEMO_MODELS
 
 INPUT_DTYPES = (
@@ -244,9 +243,8 @@ class _Reader:
         self._errors: list[tuple[str, str]] = []
         known = [option.name for option in fields(spec)]
         for key in [key for key in document if key not in known][:MAX_FAULTS]:
-            near = difflib.get_close_matches(str(key)[:100], known, n=1, cutoff=0)[0]
-            message = f"{_show(key)} is not an option of a {noun}; the nearest is {near!r}."
-            self.fault(str(key)[:100], message)
+            message = describe_unknown(key, known, f"an option of a {noun}")
+            self.fault(str(key)[:MAX_SHOWN], message)
 
     def fault(self, name: str, message: str) -> None:
         field = f"{self._prefix}.{name}" if self._prefix else name

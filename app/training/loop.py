@@ -299,10 +299,7 @@ class _Run:
         self.changed_at = self.step
         self.ever_trained |= set(turn.unfrozen)
         self.stepper.expect(turn.unfrozen)
-        self._say(
-            f"From step {self.step + 1}: {len(turn.frozen)} tensors frozen, "
-            f"{len(turn.unfrozen)} unfrozen."
-        )
+        self._say(f"From step {self.step + 1}: {turn.words()}.")
 
     # ---------------------------------------------------------------------------------- one step
 

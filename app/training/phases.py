@@ -35,6 +35,13 @@ class Turn:
     frozen: list[str]
     unfrozen: list[str]
 
+    def words(self) -> str:
+        """What it did, for the log: ``2 tensors frozen, 1 unfrozen``, without what is zero."""
+        kinds = (("frozen", len(self.frozen)), ("unfrozen", len(self.unfrozen)))
+        (kind, count), *more = [pair for pair in kinds if pair[1]]
+        first = f"{count} tensor{'s' * (count > 1)} {kind}"
+        return ", ".join([first, *(f"{count} {kind}" for kind, count in more)])
+
 
 class Phases:
     """Says what is frozen after a step, and makes it so on the running model.

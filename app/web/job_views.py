@@ -98,10 +98,6 @@ class JobView:
         return self.frozen_count + int(config.get("trainable_count") or 0)
 
     @property
-    def frozen_share(self) -> float | None:
-        return self.frozen_count / self.tensor_count if self.tensor_count else None
-
-    @property
     def progress(self) -> float | None:
         total = self.document.get("total_steps")
         return min(self.document.get("step", 0) / total, 1.0) if total else None

@@ -238,6 +238,10 @@ class WorkbenchView:
         return any(field.fault for _, fields in self.more_fields for field in fields)
 
     @property
+    def can_download(self) -> bool:
+        return not any(entry.fault for entry in (*self.rules, *self.phases, *self.groups))
+
+    @property
     def phases_and_blank(self) -> Sequence[EntryRow]:
         """The phases, and an empty one to be filled in."""
         return [*self.phases, EntryRow(("epoch", "1", "unfreeze", "fresh", ""))]

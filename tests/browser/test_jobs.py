@@ -192,6 +192,18 @@ def test_a_box_ticked_while_it_runs_holds_from_the_next_step(page: Page, running
     root.click()
     expect(page.get_by_role("alert").first).to_contain_text("last trainable layer")
     assert page.evaluate(GET, f"/api/jobs/{running}/freeze")["trainable"] != []
+    # And it stays live: numbers go on, and the next change that is taken ends what was said.
+    gauge = page.locator(".gauge.wide b")
+    before = gauge.inner_text()
+    expect(gauge).not_to_have_text(before)
+    box.click()
+    expect(box).to_have_attribute("aria-checked", "false")
+    expect(page.get_by_role("alert")).to_have_count(0)
+    page.reload()
+    trained = page.locator('section[aria-labelledby="config-title"]')
+    expect(trained).to_contain_text(
+        re.compile(r"freeze\s*layer2.*after step \d+.*unfreeze\s*layer2")
+    )
 
 
 def test_pause_is_explained_held_released_and_resumed(page: Page, running: int) -> None:

@@ -6,7 +6,7 @@ import json
 import re
 from pathlib import Path
 
-from playwright.sync_api import Locator, Page, expect
+from playwright.sync_api import BrowserContext, Locator, Page, expect
 
 from tests.browser.conftest import find_violations, photograph
 
@@ -110,6 +110,26 @@ def test_a_rule_that_matches_nothing_or_cannot_be_read_says_so(page: Page) -> No
     expect(page.locator(".rules .fault")).to_be_visible()
     page.reload()
     expect(page.locator(".rules .fault")).to_be_visible()
+    # A file with such a rule would be no file.
+    keep = page.locator(".keep-panel")
+    expect(keep).to_contain_text("JSON and Python come when every rule is right")
+    expect(keep.get_by_role("link", name="JSON")).to_have_count(0)
+
+
+def test_a_session_that_ended_elsewhere_loses_no_tick(context: BrowserContext) -> None:
+    page = context.new_page()
+    open_demo(page)
+    box(page, "stem").click()
+    expect(page).to_have_url(re.compile("stem"))
+    cookies = context.cookies()
+    context.clear_cookies()
+    box(page, "layer1").click()
+    expect(page.get_by_role("alert")).to_contain_text("This session has ended. Log in again")
+    expect(page.get_by_role("treegrid")).to_be_visible()
+    context.add_cookies([{**cookie} for cookie in cookies])  # type: ignore[typeddict-item]
+    box(page, "layer1").click()
+    expect(page).to_have_url(re.compile("stem.*layer1"))
+    expect(page.get_by_role("alert")).to_have_count(0)
 
 
 def test_presets_save_download_and_import(page: Page, tmp_path: Path) -> None:

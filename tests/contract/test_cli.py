@@ -167,6 +167,18 @@ def test_a_refusal_is_the_servers_own_sentence(data: Path, served: Path) -> None
     assert "frostline serve" in run(data, "link", status=1)
 
 
+@pytest.mark.parametrize("rate", ["nan", "inf", "-1"])
+def test_a_number_that_json_lacks_is_refused_as_any_other(served: Path, rate: str) -> None:
+    told = run(served, "train", *["demo:three-layers"] * 2, "--lr", rate, status=1)
+    assert told == f"frostline: 'lr' must be finite and above 0; this is {float(rate)}."
+    told = run(served, "freeze", "1", "--unfreeze", "x", "--lr-scale", "nan", status=1)
+    assert told == "frostline: 'lr_scale' is nan; it must be finite and at least 0."
+    config = served / "nan.json"
+    config.write_text('{"groups": [{"match": "**", "lr_scale": NaN}]}')
+    told = run(served, "plan", "demo:three-layers", "--config", str(config), status=1)
+    assert told == f"frostline: {config} is not JSON: NaN is not a JSON number."
+
+
 def test_training_exporting_verifying_and_deleting(served: Path) -> None:
     config = served / "config.json"
     config.write_text(json.dumps({"rules": [{"action": "freeze", "match": "layer1"}]}))
@@ -351,8 +363,8 @@ def test_leaving_lets_jobs_go_on_or_stops_them(tmp_path: Path, stops: bool) -> N
         server.send_signal(signal.SIGINT)
         output, errors = server.communicate(timeout=30)
     assert (server.returncode, errors) == (0, "")
-    assert ("Stopping 1 job" in output) == stops
-    assert ("go on without the dashboard" in output) == (not stops)
+    assert ("Stopping 1 job, each" in output) == stops
+    assert ("Job 1 goes on without the dashboard" in output) == (not stops)
     # The next server finds what this one left.
     assert json.loads(run(tmp_path, "jobs", "--json"))[0]["state"] == (
         "stopped" if stops else "running"
@@ -366,3 +378,4 @@ def test_leaving_lets_jobs_go_on_or_stops_them(tmp_path: Path, stops: bool) -> N
 def test_the_doctor_says_what_jobs_run_in(data: Path) -> None:
     page = run(data, "doctor")
     assert re.search(r"ok +jobs run in .*torch", page)
+    assert "data is private  " in page  # the longest name runs into no words

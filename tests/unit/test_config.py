@@ -18,7 +18,7 @@ from app.freezing.config import (
     split_names,
     unmatched_rules,
 )
-from app.freezing.errors import InvalidDocument
+from app.freezing.errors import InvalidDocument, describe_unknown
 from app.freezing.presets import (
     PRESETS,
     adopt_names,
@@ -92,6 +92,11 @@ def test_a_bad_document_is_refused_under_its_field(document: object, field: str)
 def test_an_unknown_key_names_the_nearest() -> None:
     with pytest.raises(InvalidDocument, match="'mechanism'"):
         parse_config({"mechanisms": "exclude"})
+    with pytest.raises(InvalidDocument, match="known are action, match, type"):  # none is near
+        parse_config({"rules": [{"action": "freeze", "match": "**", "pattern": "x"}]})
+    for typo, known in (("freeez", "freeze"), ("blokcs", "blocks")):
+        told = describe_unknown(typo, ["unfreeze", "freeze", "blocks", "head"], "a key here")
+        assert told == f"{typo!r} is not a key here; the nearest is {known!r}."
 
 
 def test_a_schedule_needs_the_mechanism_that_can_change() -> None:

@@ -16,7 +16,7 @@ from app.freezing.trace import read_model
 from app.sources.models import BuiltModel
 from app.training.batches import Batches
 from app.training.loop import Outcome
-from app.training.phases import Phases
+from app.training.phases import Phases, Turn
 from app.training.places import checkpoint_path
 from app.training.recipe import parse_recipe
 from app.training.step import StaleGraph, Stepper
@@ -78,6 +78,11 @@ def test_a_live_freeze_and_unfreeze_are_what_a_hand_written_loop_does(
     for mine, theirs in zip(ours.parameters(), by_hand.parameters(), strict=True):
         assert torch.equal(mine, theirs)
     assert [edit["step"] for edit in told.of("freeze")] == [3, 7]
+    assert [line["text"] for line in told.of("log") if line["text"].startswith("From step")] == [
+        "From step 4: 2 tensors frozen, 2 unfrozen.",
+        "From step 8: 2 tensors unfrozen.",
+    ]
+    assert Turn(["layer1.bias"], []).words() == "1 tensor frozen"
     assert told.of("proof")[-1]["frozen"]["checked"] == 0
     assert told.of("proof")[-1]["verdict"] == "holds"
 

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 from torch import nn
 
-from app.cli.outline import FROST_LINE, count, draw_tree, grow_tree, size
+from app.cli.outline import FROST_LINE, count, counted, draw_tree, grow_tree, share_of, size
 from app.freezing.config import parse_config
 from app.freezing.plan import plan_config
 from app.freezing.trace import trace_model
@@ -95,3 +95,10 @@ def test_sizes_are_short() -> None:
         "1.5 KiB",
         "28 MiB",
     ]
+
+
+def test_one_of_a_kind_is_said_in_the_singular() -> None:
+    assert [counted(n, "tensor") for n in (0, 1, 2)] == ["0 tensors", "1 tensor", "2 tensors"]
+    assert share_of(1, 6, "tensor") == "1 of 6 tensors is"
+    assert share_of(0, 1, "tensor") == "0 of 1 tensor is"
+    assert share_of(2, 6, "tensor") == "2 of 6 tensors are"

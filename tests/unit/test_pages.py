@@ -1,6 +1,7 @@
 """The workbench's address, its tree rows and its words for numbers, without a server."""
 
 from pathlib import Path
+from typing import Any, cast
 from urllib.parse import parse_qsl
 
 import pytest
@@ -10,9 +11,11 @@ from app.freezing.config import config_document
 from app.freezing.errors import InvalidDocument
 from app.freezing.graph import ModelGraph, Module, Parameter
 from app.freezing.plan import plan_config
+from app.service import Service
 from app.web import insights, render
 from app.web.job_views import JobView
 from app.web.pages import entries, tree, workbench
+from app.web.pages.job import figures_of
 
 
 def parameter(name: str, *shared: str) -> Parameter:
@@ -217,3 +220,28 @@ def test_a_template_is_compiled_once_and_where_nothing_may_be_kept_at_every_star
     second = start(kept)
     monkeypatch.setattr(second, "compile", None)
     assert second.get_template("page.html").render(x=2) == "3"
+
+
+def test_what_was_foretold_of_a_job_is_that_of_what_is_frozen_now() -> None:
+    class Plans:
+        def plan_job(self, job_id: int, *, now: bool = False) -> dict[str, Any]:
+            step, peak = (3_000, 500) if now else (1_000, 900)
+            full = {"step_flops": 4_000}
+            return {"cost": {"step_flops": step, "peak_bytes": peak, "full": full}}
+
+    document = {
+        "id": 1, "kind": "train", "training": {"grad_accumulation": 2}, "step_ms": 2.0,
+        "peak_bytes": 800,
+    }  # fmt: skip
+    figures = {f.label: f for f in figures_of(cast(Service, Plans()), document)}
+    space = "\N{NARROW NO-BREAK SPACE}"
+    peak, work = figures["peak memory"], figures["work a step"]
+    assert (peak.predicted, peak.measured) == (
+        f"900{space}B",
+        f"800{space}B",
+    )  # the start held more
+    assert (work.predicted, work.note) == (
+        f"6.0{space}kFLOP",
+        f"75.0{space}% of training everything",
+    )
+    assert figures["work a second"].measured == f"3.0{space}MFLOP/s"

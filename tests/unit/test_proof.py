@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import save_file, save_model
 from torch import nn
 
+from app.cli.plan import proof_words
 from app.freezing.apply import apply_config
 from app.freezing.config import FreezeConfig, config_document, parse_config
 from app.freezing.digest import MIXED, digest_tensor, digest_tensors
@@ -202,6 +203,12 @@ def test_what_a_schedule_covers_is_not_judged(tmp_path: Path) -> None:
     document = compare_checkpoints(before, after, parse_config(config))
     assert document["scheduled"] == ["layer2.bias", "layer2.weight"]
     assert [c["name"] for c in document["frozen"]["changed"]] == ["layer1.bias", "layer1.weight"]
+    assert proof_words(document) == (
+        "0 of 2 frozen tensors are bit-identical, 2 of 2 trained ones moved; "
+        "2 tensors that the schedule touches are not judged."
+    )
+    document["scheduled"] = []
+    assert proof_words(document).endswith("trained ones moved.")
 
 
 @pytest.mark.parametrize(

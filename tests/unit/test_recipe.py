@@ -49,11 +49,21 @@ def test_a_bad_value_is_refused_under_its_name(name: str, value: object) -> None
 
 @pytest.mark.parametrize(
     ("name", "nearest"),
-    [("batchsize", "batch_size"), ("lerning_rate", "lr"), ("num_epochs", "epochs")],
-)
+    [
+        ("batchsize", "batch_size"), ("lerning_rate", "lr"), ("num_epochs", "epochs"),
+        ("epoch", "epochs"), ("optimiser", "optimizer"), ("lr_rate", "lr"),
+    ],
+)  # fmt: skip
 def test_an_unknown_option_names_the_nearest(name: str, nearest: str) -> None:
     with pytest.raises(InvalidDocument, match=f"the nearest is '{nearest}'"):
         parse_recipe({name: 3})
+
+
+@pytest.mark.parametrize("name", ["action", "match", "config", "lion"])
+def test_an_unknown_option_names_none_that_is_not_near(name: str) -> None:
+    with pytest.raises(InvalidDocument) as refused:
+        parse_recipe({name: 3})
+    assert str(refused.value) == f"{name!r} is not an option."
 
 
 def test_warm_up_rises_and_schedules_fall() -> None:

@@ -141,11 +141,16 @@ def _side_view(request: Request, job_id: int, message: str = "") -> JobPageView:
 
 
 def figures_of(service: Service, document: Document) -> list[Figure]:
-    """What the plan says of a job beside what the job measured; empty where there is no plan."""
-    plan = service.plan_job(document["id"])
-    if plan is None or document["kind"] != "train":
+    """What the plan says of a job beside what the job measured; empty where there is no plan.
+
+    Of what is frozen now, as the newest step times are; a peak is that of now or of the beginning.
+    """
+    began, plan = (service.plan_job(document["id"], now=now) for now in (False, True))
+    if began is None or plan is None or document["kind"] != "train":
         return []
     cost, full = plan["cost"], plan["cost"].get("full") or {}
+    peaks = [cost.get("peak_bytes"), began["cost"].get("peak_bytes")]
+    peak = None if None in peaks else max(peaks)
     step_s = document["step_ms"] / 1000 if document.get("step_ms") else None
     predicted_ms = cost.get("predicted_step_ms")
     # Every micro-batch of an accumulated step costs what the plan counts.
@@ -160,16 +165,18 @@ def figures_of(service: Service, document: Document) -> list[Figure]:
         ),
         Figure(
             "peak memory",
-            format_bytes(cost.get("peak_bytes")),
+            format_bytes(peak),
             format_bytes(JobView(document).memory_bytes),
+            "predicted is that of what is frozen now, or was at the start if that is more; "
             "measured is what torch allocated on a GPU, on a CPU what the whole process took",
         ),
         Figure(
             "work a step",
             format_si(flops or None, "FLOP"),
-            format_si(rate, "FLOP/s"),
+            NOTHING,
             f"{format_percent(cost['step_flops'] / whole)} of training everything" if whole else "",
         ),
+        Figure("work a second", NOTHING, format_si(rate, "FLOP/s")),
     ]
 
 
