@@ -169,7 +169,7 @@ def find_model(server: Server, text: str) -> Document:
     else:
         spec = read_spec(text)
         known = server.call("GET", "/api/models", limit=1000)
-        alike = (one for one in known if one["state"] == "ready" and _is_same(one["spec"], spec))
+        alike = (one for one in known if one["state"] == "ready" and is_same(one["spec"], spec))
         model = next(alike, None) or server.call("POST", "/api/models", spec)
     path = f"/api/models/{model['id']}"
     while (model := server.call("GET", path))["state"] == "inspecting":
@@ -179,11 +179,11 @@ def find_model(server: Server, text: str) -> Document:
     return model
 
 
-def _is_same(known: Document, spec: Document) -> bool:
-    """Whether an inspection need not be repeated: a plain name, not code or files that change."""
-    uri = str(spec.get("uri"))
-    is_name = len(spec) == 1 and not uri.startswith(("python:", "hf:/", "hf:."))
-    return is_name and known == {**dict.fromkeys(known), **DEFAULT_SPEC, "uri": uri}
+def is_same(known: Document, spec: Document) -> bool:
+    """Whether an inspection need not be repeated: of a name, not of code or files that change.
 
-
-DEFAULT_SPEC = {"random_init": False, "allow_pickle": False, "kwargs": {}}
+    What an option is that was not given, is false: None, False or nothing.
+    """
+    changes = str(spec.get("uri")).startswith(("python:", "hf:/", "hf:.")) or spec.get("weights")
+    given, known = ({k: v for k, v in one.items() if v} for one in (spec, known))
+    return not changes and known == given

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from app.cli.given import is_same
 from app.freezing.errors import InvalidDocument
 from app.sources.demo import DEMO_DATASETS, DEMO_MODELS
 from app.sources.spec import (
@@ -258,3 +259,20 @@ def test_a_folder_of_weights_needs_an_index_or_one_file(tmp_path: Path) -> None:
 def test_specs_are_read_without_torch() -> None:
     probe = "import sys, app.sources.spec; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", probe], check=False).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("spec", "is_reused"),
+    [
+        ({"uri": "demo:digits"}, True),
+        ({"uri": "hf:gpt2", "random_init": True, "kwargs": {"n_layer": 2}}, True),
+        ({"uri": "hf:gpt2", "weights": "gpt2.safetensors"}, False),  # a file may have changed
+        ({"uri": "python:nets:build"}, False),
+        ({"uri": "hf:./bert"}, False),
+    ],
+)
+def test_a_model_of_the_same_spec_is_not_inspected_again(
+    spec: dict[str, Any], is_reused: bool
+) -> None:
+    assert is_same(spec_document(ModelSpec(**spec)), spec) is is_reused
+    assert not is_same(spec_document(ModelSpec(**{**spec, "num_classes": 3})), spec)
