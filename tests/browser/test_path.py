@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 from playwright.sync_api import BrowserContext, Locator, Page, expect
 
@@ -121,12 +122,12 @@ def test_a_session_that_ended_elsewhere_loses_no_tick(context: BrowserContext) -
     open_demo(page)
     box(page, "stem").click()
     expect(page).to_have_url(re.compile("stem"))
-    cookies = context.cookies()
+    cookies: Any = context.cookies()
     context.clear_cookies()
     box(page, "layer1").click()
     expect(page.get_by_role("alert")).to_contain_text("This session has ended. Log in again")
     expect(page.get_by_role("treegrid")).to_be_visible()
-    context.add_cookies([{**cookie} for cookie in cookies])  # type: ignore[typeddict-item]
+    context.add_cookies(cookies)
     box(page, "layer1").click()
     expect(page).to_have_url(re.compile("stem.*layer1"))
     expect(page.get_by_role("alert")).to_have_count(0)

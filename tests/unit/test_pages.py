@@ -231,6 +231,7 @@ def test_what_was_foretold_of_a_job_is_that_of_what_is_frozen_now() -> None:
 
     document = {
         "id": 1, "kind": "train", "training": {"grad_accumulation": 2}, "step_ms": 2.0,
+        "config": {"schedule": [{"at": {"step": 1}, "action": "unfreeze", "match": "head"}]},
         "peak_bytes": 800,
     }  # fmt: skip
     figures = {f.label: f for f in figures_of(cast(Service, Plans()), document)}

@@ -1,6 +1,7 @@
 """What a step keeps and holds under autocast: foretold by a trace, and seen in a real one."""
 
 import json
+from typing import Any
 
 import pytest
 import torch
@@ -106,7 +107,8 @@ def test_a_product_of_many_is_one_of_float32_on_a_gpu_without_a_copy() -> None:
     with torch.autocast("cpu", torch.bfloat16), kernels_of("cuda"):
         for product in (x.prod(), x.prod(-1)):
             assert product.dtype == torch.float32
-            assert product.grad_fn._saved_self.dtype == torch.bfloat16  # type: ignore[union-attr]
+            node: Any = product.grad_fn
+            assert node._saved_self.dtype == torch.bfloat16
 
 
 def test_a_copy_of_a_weight_is_there_until_it_was_used() -> None:

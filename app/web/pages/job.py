@@ -145,7 +145,9 @@ def figures_of(service: Service, document: Document) -> list[Figure]:
 
     Of what is frozen now, as the newest step times are; a peak is that of now or of the beginning.
     """
-    began, plan = (service.plan_job(document["id"], now=now) for now in (False, True))
+    has_changed = bool(document["config"].get("schedule"))
+    plan = service.plan_job(document["id"], now=True)
+    began = service.plan_job(document["id"]) if has_changed else plan
     if began is None or plan is None or document["kind"] != "train":
         return []
     cost, full = plan["cost"], plan["cost"].get("full") or {}
